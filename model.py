@@ -1,0 +1,239 @@
+"""The multimodal language model: vision encoder -> projector -> splice -> language model; checkpoints in and out.
+
+    pixels (N, 3, S, S) --encoder, frozen--> Z (N, P_v, D_v) --projector, trained--> H (N, P, D) --+
+                                                                                                   splice -> (B, T, D) -> LLM -> logits
+    token ids (B, T) ------------------- W, the LLM's own word embeddings (V, D), frozen ----------+
+
+The one legend of symbols, used in all files:
+
+    B     samples in a batch; N of them with an image (stage 1: all)
+    P     patches per image after the projector (P_v before it; equal unless the projector pools)
+    T     tokens per sample, patches included
+    D_v   width of the vision encoder;  D  width of the language model;  V  size of its vocabulary
+    Z     patch features of the frozen encoder: penultimate layer, class and register tokens dropped
+    H     projected patch embeddings, H = projector(Z)
+    W     the language model's input word-embedding table
+    Y     target distribution of a patch over V (patch_ids, patch_weights: its K non-zero entries; all zero = unlabelled)
+    tau   temperature of the patch loss
+"""
+import inspect
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
+
+from data import IGNORE, IMAGE_TOKEN, InputError
+from kernels.patch_loss import cosine_loss, patch_loss
+from projector import PROJECTORS, output_grid
+
+ROOT = Path(__file__).resolve().parent
+VERSION = 1                                                           # of the checkpoint format
+
+# ------------------------------------------------------------------------------------------------------------------- the model
+
+
+class PatchAlignedModel(nn.Module):
+    """Encoder, projector and language model named by a plain dict, which a checkpoint stores and rebuilds the model from.
+
+    config: vision, llm (folders or hub names), projector (a key of PROJECTORS), image_size (0: what the image processor says),
+    geometry (pad | crop | stretch), feature_layer (index into the encoder's hidden states), prompt, coverage, tau,
+    patch_weight, patch_loss (softmax | cosine). Raises InputError when a backbone cannot be loaded.
+    """
+
+    def __init__(self, config: dict, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        vision, llm = find_model(config["vision"], "--vision"), find_model(config["llm"], "--llm")
+        loaded = load_backbone(AutoModel, vision, "--vision", dtype)
+        self.encoder = getattr(loaded, "vision_model", loaded).requires_grad_(False)                # CLIP's, SigLIP's image half
+        self.llm = load_backbone(AutoModelForCausalLM, llm, "--llm", dtype).requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(llm)
+
+        settings = self.encoder.config
+        processor = read_processor(vision)
+        size = config["image_size"] or processor_size(processor) or settings.image_size
+        if size % settings.patch_size:
+            raise InputError(f"--image-size {size} is not a multiple of the encoder's patch size {settings.patch_size}")
+        self.config = dict(config, image_size=size)
+        self.image_mean, self.image_std = processor.get("image_mean", [0.5] * 3), processor.get("image_std", [0.5] * 3)
+        side = size // settings.patch_size
+        self.encoder_patches = side * side                                                           # P_v
+        self.grid = output_grid(config["projector"], (side, side))                                   # (rows, columns), P = their product
+        takes = inspect.signature(self.encoder.forward).parameters
+        resized = size != settings.image_size and "interpolate_pos_encoding" in takes
+        self.encoder_options = {"interpolate_pos_encoding": True} if resized else {}
+        self.projector = PROJECTORS[config["projector"]](settings.hidden_size, self.word_embeddings.shape[1])
+        self.train()
+
+    @property
+    def word_embeddings(self) -> torch.Tensor:
+        """W (V, D)."""
+        return self.llm.get_input_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.word_embeddings.device
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up shorter samples; it is masked, so any will do."""
+        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+
+    def train(self, mode: bool = True):
+        """Training mode for what is trained; the frozen backbones stay in evaluation mode, without dropout."""
+        super().train(mode)
+        self.encoder.eval()
+        if not any(p.requires_grad for p in self.llm.parameters()):
+            self.llm.eval()
+        return self
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """The tensors that training changes, by name: what a checkpoint holds."""
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        return {n: t.detach().cpu() for n, t in self.state_dict().items() if n in trained}
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (N, 3, S, S) -> Z (N, P_v, D_v), float32. Tokens before the patches (class, registers) are dropped."""
+        pixels = pixel_values.to(self.device, next(self.encoder.parameters()).dtype)
+        states = self.encoder(pixels, output_hidden_states=True, **self.encoder_options).hidden_states
+        return states[self.config["feature_layer"]][:, -self.encoder_patches:].float()
+
+    def splice(self, input_ids: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (B, T, D) with the rows of H (N, P, D), image by image, in the places of IMAGE_TOKEN."""
+        places = input_ids == IMAGE_TOKEN                                                            # (B, T)
+        if places.sum() != H.shape[0] * H.shape[1]:
+            raise InputError(f"{int(places.sum())} image places in the text for {H.shape[0]} x {H.shape[1]} projected patches")
+        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(places, 0))               # (B, T, D)
+        return embeddings.masked_scatter(places[..., None], H.to(embeddings.dtype))
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Sums and counts of both losses over a batch from `data.collate`: divide once, after adding up batches and ranks.
+
+        -> {caption_loss, caption_tokens, patch_loss, patches}. With patch_weight 0 the patch loss is measured but gives no gradient.
+        """
+        config, W = self.config, self.word_embeddings
+        Z = self.encode(batch["pixel_values"])                                                       # (N, P_v, D_v)
+        H = self.projector(Z)                                                                        # (N, P, D)
+        X = self.splice(batch["input_ids"], H)                                                       # (B, T, D)
+
+        labels = batch["labels"]                                                                     # (B, T)
+        first = int((labels != IGNORE).any(0).nonzero()[0])                                          # no label before this position
+        keep = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)                    # token t is predicted at t - 1
+        logits = self.llm(inputs_embeds=X, attention_mask=batch["attention_mask"], logits_to_keep=keep, use_cache=False).logits
+        targets = labels[:, first:]                                                                  # (B, T - first)
+        caption = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+        rows = (H if config["patch_weight"] else H.detach()).flatten(0, 1)                           # (N P, D)
+        ids, weights = batch["patch_ids"].flatten(0, 1), batch["patch_weights"].flatten(0, 1)        # (N P, K)
+        if config["patch_loss"] == "cosine":
+            patch, patches = cosine_loss(rows, W, ids, weights)
+        else:
+            patch, patches = patch_loss(rows, W, ids, weights, config["tau"])
+        return dict(caption_loss=caption, caption_tokens=(targets != IGNORE).sum(), patch_loss=patch, patches=patches)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], pixel_values: torch.Tensor, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers, with a KV cache, to prompts (token ids from `data.tokenize_prompt`) and the images of those that have one.
+
+        Prompts of different lengths are padded on the left, so that all answers begin at the same position.
+        """
+        T = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (T - len(p)) + p for p in prompts], device=self.device)                # (B, T)
+        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        H = self.projector(self.encode(pixel_values)) if len(pixel_values) else ids.new_empty(0, 0, self.word_embeddings.shape[1]).float()
+        answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                                    num_beams=1, use_cache=True, pad_token_id=self.pad_id, eos_token_id=self.tokenizer.eos_token_id)
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- backbones in
+
+def find_model(name: str, flag: str) -> str:
+    """A folder (as given, or inside this project) or a hub name -> what transformers loads. InputError: a path that is not there."""
+    for folder in (Path(name), ROOT / name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{flag} {name}: no such model folder (with a config.json), nor a hub name such as openai/clip-vit-base-patch32")
+    return name
+
+
+def load_backbone(auto, name: str, flag: str, dtype: torch.dtype) -> nn.Module:
+    """`auto.from_pretrained` with a one-line error."""
+    try:
+        AutoConfig.from_pretrained(name)
+        return auto.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{flag} {name}: transformers cannot load it ({reason})") from None
+
+
+def read_processor(name: str) -> dict:
+    """The image processor's plain settings (mean, std, size); reading them needs no torchvision, the processor itself does."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except OSError:
+        raise InputError(f"--vision {name}: it has no preprocessor_config.json, which gives the mean and deviation of its pixels") from None
+
+
+def processor_size(settings: dict) -> int:
+    """The side of the square that an image processor makes, 0 if it does not say."""
+    for key in ("crop_size", "size"):
+        value = settings.get(key) or {}
+        if isinstance(value, int):
+            return value
+        for side in ("height", "shortest_edge"):
+            if side in value:
+                return value[side]
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ checkpoints
+
+def save_checkpoint(path: Path, model: PatchAlignedModel, stage: str, metrics: dict) -> None:
+    """Write {stage, config, model, metrics, version}: tensors and plain values only. `path` is the caller's temporary file."""
+    torch.save(dict(stage=stage, config=model.config, model=model.trained_state(), metrics=metrics, version=VERSION), path)
+
+
+def read_checkpoint(path) -> dict:
+    """The dict of a checkpoint file, read without running code. InputError: missing, not ours, or of a newer version."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file; torchrun pretrain.py writes one to runs/pretrain/ckpt.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, ValueError, KeyError):
+        raise InputError(f"{path}: not a checkpoint of this project (only tensors and plain values are read, a pickle that runs code is"
+                         " refused unread)") from None
+    if not isinstance(checkpoint, dict) or not {"stage", "config", "model", "metrics", "version"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of this project (it needs stage, config, model, metrics and version)")
+    if checkpoint["version"] > VERSION:
+        raise InputError(f"{path}: written by a newer version of this project (format {checkpoint['version']}, known up to {VERSION})")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[PatchAlignedModel, dict]:
+    """Rebuild the model of a checkpoint unaided -> (model, checkpoint).
+
+    Every tensor of the file must have its place and exactly the frozen backbones may be missing from it. InputError: one of the
+    errors of `read_checkpoint`, a backbone that is gone, or a projector that does not fit the backbones.
+    """
+    checkpoint = read_checkpoint(path)
+    model = PatchAlignedModel(checkpoint["config"], dtype)
+    own, saved = model.state_dict(), checkpoint["model"]
+    for name, tensor in saved.items():
+        if name not in own or own[name].shape != tensor.shape:
+            shape = tuple(own[name].shape) if name in own else "no such tensor"
+            raise InputError(f"{path}: {name} {tuple(tensor.shape)} does not fit the backbones {model.config['vision']} and"
+                             f" {model.config['llm']} ({shape}); it was trained with others")
+    missing = model.load_state_dict(saved, strict=False).missing_keys
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    if trained & set(missing):
+        raise InputError(f"{path}: {', '.join(sorted(trained & set(missing)))} missing; the file is incomplete")
+    return model.to(device), checkpoint

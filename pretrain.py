@@ -1,0 +1,279 @@
+"""Stage 1: train the projector, everything else frozen, on L_caption + patch_weight * L_patch.
+
+    torchrun pretrain.py                                  # the toy world, CPU or GPU; `python pretrain.py` is the same
+    torchrun pretrain.py --patch-weight 0 --out runs/caption_only             # the baseline: same code, same data order
+    torchrun --nproc_per_node 8 pretrain.py --vision openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 \\
+             --data blip_laion_cc_sbu_558k.json --image-dir images --regions regions.jsonl
+
+reads:  records (data.py), the two backbones (Hugging Face folders or hub names)
+writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl (a line per logged step)
+"""
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import runtime
+import toy
+from data import GEOMETRIES, IGNORE, PROMPTS, InputError, Records, StepSampler, collate, read_records
+from kernels.patch_loss import patch_loss
+from model import PatchAlignedModel, save_checkpoint
+from projector import PROJECTORS
+
+# ------------------------------------------------------------------------------------------------------------------------- Args
+
+
+@dataclass
+class Args:
+    """Flags of pretrain.py. The recipe is LLaVA-1.5's stage 1; without --data, the toy world's own steps and batch."""
+
+    out: str = "runs/pretrain"
+    """folder for ckpt.pt, resume.pt and metrics.jsonl"""
+    data: str = ""
+    """records to train on, .json or .jsonl; none: the toy world"""
+    image_dir: str = ""
+    """folder of the records' images"""
+    regions: str = ""
+    """file of {id, regions} to join to the records"""
+    val_data: str = ""
+    """records to validate on (toy world: its validation split)"""
+    vision: str = "backbones/toy-clip"
+    """vision encoder: a Hugging Face folder or hub name"""
+    llm: str = "backbones/toy-llama"
+    """language model: a Hugging Face folder or hub name"""
+    projector: str = field(default="mlp2x_gelu", metadata={"choices": list(PROJECTORS)})
+    """kind of projector"""
+    image_size: int = 0
+    """side of the encoder's square input in pixels; 0: what its image processor says"""
+    geometry: str = field(default="crop", metadata={"choices": list(GEOMETRIES)})
+    """how an image becomes a square"""
+    feature_layer: int = -2
+    """which of the encoder's hidden states is Z; -2 is the penultimate layer"""
+    prompt: str = field(default="plain", metadata={"choices": list(PROMPTS)})
+    """conversation format; plain: the caption after the image"""
+    max_length: int = 2048
+    """tokens per sample, patches included; longer ones are cut"""
+    coverage: float = 0.25
+    """share of a patch that a region must cover to label it"""
+    patch_loss: str = field(default="softmax", metadata={"choices": ["softmax", "cosine"]})
+    """softmax over the vocabulary, or the plain cosine pull"""
+    patch_weight: float = 1.0
+    """weight of the patch loss; 0 is the caption-only baseline"""
+    tau: float = 0.07
+    """temperature of the softmax patch loss"""
+    steps: int = -1
+    """optimizer updates; -1: one pass over the data (toy world: see toy.PRETRAIN)"""
+    batch_size: int = 0
+    """global batch, over all processes; 0: 256 (toy world: see toy.PRETRAIN)"""
+    micro_batch: int = 0
+    """samples per process and forward pass, gradients accumulate over them; 0: the whole share of the process"""
+    lr: float = 1e-3
+    """peak learning rate"""
+    warmup: float = 0.03
+    """share of the steps with rising learning rate, before the cosine"""
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    val_every: int = 0
+    """steps between validations; 0: five in all"""
+    save_every: int = 200
+    """steps between writes of resume.pt"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    workers: int = -1
+    """data loading processes per rank; -1: 4 on a GPU, 0 on a CPU"""
+    seed: int = 0
+    """of the projector's initial values and of the data order"""
+    resume: bool = False
+    """go on from OUT/resume.pt"""
+    overfit: bool = False
+    """train on the first batch only, over and over: both losses must fall"""
+
+
+CONFIG = ("vision", "llm", "projector", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
+          "patch_loss")                                        # the flags that a checkpoint remembers: later stages need none of them
+
+
+def check(args: Args) -> Args:
+    """Fill in what depends on the data; refuse what makes no sense."""
+    for name, low in (("steps", -1), ("batch_size", 0), ("micro_batch", 0), ("patch_weight", 0), ("warmup", 0), ("save_every", 1),
+                      ("log_every", 1), ("val_every", 0), ("seed", 0)):
+        if getattr(args, name) < low:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is less than {low}")
+    for name in ("tau", "coverage", "lr", "clip"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name} {getattr(args, name)} is not above 0")
+    if not args.data:
+        for name in ("image_dir", "regions", "val_data"):
+            if getattr(args, name):
+                raise InputError(f"--{name.replace('_', '-')} needs --data; without it the toy world is used")
+        folder = toy.ensure()
+        steps, batch_size = toy.PRETRAIN["steps"], toy.PRETRAIN["batch_size"]
+        args = dataclasses.replace(
+            args, data=str(folder / "train.jsonl"), val_data=str(folder / "val.jsonl"), image_dir=str(folder / "images"),
+            steps=steps if args.steps < 0 else args.steps, batch_size=args.batch_size or batch_size)
+    return dataclasses.replace(args, batch_size=args.batch_size or 256)
+
+
+def check_temperature(args: Args, model: PatchAlignedModel) -> None:
+    """Refuse a tau that the loss refuses, before the first step: it depends on the size of the vocabulary."""
+    nothing = torch.zeros(1, 1, device=model.device)
+    try:
+        patch_loss(model.word_embeddings[:1], model.word_embeddings, nothing.long(), nothing, args.tau)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------- data
+
+def make_dataset(args: Args, model: PatchAlignedModel, path: str, regions: str = "") -> Records:
+    """The records of a file, as this model's encoder, grid and tokenizer need them."""
+    return Records(read_records(path, regions or None), args.image_dir, model.tokenizer, image_size=model.config["image_size"],
+                        geometry=args.geometry, grid=model.grid, mean=model.image_mean, std=model.image_std, prompt=args.prompt,
+                        max_length=args.max_length, coverage=args.coverage, source=path)
+
+
+def make_loader(args: Args, dataset: Records, index_lists, pad_id: int, device: torch.device) -> DataLoader:
+    """Batches of the given lists of record indices, in order."""
+    workers = args.workers if args.workers >= 0 else 4 if device.type == "cuda" else 0
+    return DataLoader(dataset, batch_sampler=index_lists, collate_fn=lambda samples: collate(samples, pad_id), num_workers=workers,
+                      pin_memory=device.type == "cuda")
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch's tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------- validation
+
+@torch.inference_mode()
+def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device, autocast) -> dict:
+    """Mean caption loss per token and patch loss per labelled patch over the validation records, nats."""
+    totals = torch.zeros(4, dtype=torch.float64)
+    for batch in loader:
+        with autocast:
+            sums = model(to_device(batch, device))
+        totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens", "patch_loss", "patches")])
+    runtime.all_sum([totals := totals.to(device)])
+    caption, tokens, patch, patches = totals.tolist()
+    return dict(val_caption_loss=caption / max(tokens, 1), val_patch_loss=patch / max(patches, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- main
+
+def main(args: Args) -> None:
+    """Train and write the checkpoint."""
+    # ---- set-up
+    device = runtime.start(args.seed)
+    dtype, rank, world = runtime.precision(device), runtime.rank(), runtime.world()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    args, out = check(args), Path(args.out)
+
+    # ---- model: backbones in `dtype`, the projector in float32
+    model = PatchAlignedModel({name: getattr(args, name) for name in CONFIG}, dtype).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    check_temperature(args, model)
+
+    # ---- data: which records each step takes is a function of the step alone, so resuming needs no loader state
+    dataset = make_dataset(args, model, args.data, args.regions)
+    sampler = StepSampler(len(dataset), args.batch_size, args.seed, rank, world)
+    steps = args.steps if args.steps >= 0 else max(1, len(dataset) // args.batch_size)
+    share = args.batch_size // world
+    micro = min(args.micro_batch or share, share)
+    validation = None
+    if args.val_data:
+        held_out = make_dataset(args, model, args.val_data)
+        own = list(range(rank, len(held_out), world))
+        validation = make_loader(args, held_out, [own[i: i + micro] for i in range(0, len(own), micro)], model.pad_id, device)
+
+    # ---- optimizer
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    first = 0
+    if args.resume:
+        first = resume(out / "resume.pt", args, model, optimizer)
+    metrics = runtime.Metrics(out / "metrics.jsonl", first)
+    shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
+    index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
+    batches = iter(make_loader(args, dataset, index_lists, model.pad_id, device))
+    runtime.log(f"{len(dataset)} records; {steps - first} steps of {args.batch_size} = {world} processes x {-(-share // micro)} x {micro}; "
+                f"{model.grid[0]} x {model.grid[1]} patches; vocabulary {len(model.word_embeddings)}; "
+                f"{sum(p.numel() for p in parameters):,} trained parameters; {device.type}, {str(dtype).removeprefix('torch.')}; "
+                f"patch loss {args.patch_loss}, weight {args.patch_weight:g}, tau {args.tau:g}")
+
+    # ---- loop
+    val_every, result, began = args.val_every or max(1, steps // 5), {}, time.time()
+    progress = tqdm(range(first, steps), desc="pretrain", initial=first, total=steps, disable=rank > 0, mininterval=1)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * runtime.cosine(step, steps, int(args.warmup * steps))
+
+        # Losses are sums, divided by the true counts of the global batch, which the labels tell before the first forward pass.
+        accumulated = [next(batches) for _ in range(0, share, micro)]
+        counts = torch.tensor([sum(int((b["labels"] != IGNORE).sum()) for b in accumulated),
+                               sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated)], dtype=torch.float64, device=device)
+        runtime.all_sum([counts])
+        tokens, patches = counts.clamp(min=1).tolist()
+        totals = torch.zeros(2, dtype=torch.float32, device=device)                                  # caption, patch: sums
+        for batch in accumulated:
+            with autocast:
+                sums = model(to_device(batch, device))
+            loss = sums["caption_loss"] / tokens + args.patch_weight * sums["patch_loss"] / patches
+            loss.backward()
+            totals += torch.stack([sums["caption_loss"].detach(), sums["patch_loss"].detach()])
+        runtime.all_sum([p.grad for p in parameters] + [totals])                                     # sums, not means: counts are global
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        if done % args.log_every == 0 or done == steps:
+            caption, patch = totals[0].item() / tokens, totals[1].item() / patches
+            metrics.write(done, caption_loss=caption, patch_loss=patch, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+                          samples_per_second=(done - first) * args.batch_size / (time.time() - began))
+            progress.set_postfix(caption=f"{caption:.3f}", patch=f"{patch:.3f}")
+        if validation and (done % val_every == 0 or done == steps):
+            result = validate(model, validation, device, autocast)
+            metrics.write(done, **result)
+            runtime.log(f"step {done}: validation caption loss {result['val_caption_loss']:.4f}, patch loss {result['val_patch_loss']:.4f}")
+        if done % args.save_every == 0 or done == steps:
+            save_resume(out / "resume.pt", args, model, optimizer, done)
+
+    # ---- save
+    if validation and not result:
+        result = validate(model, validation, device, autocast)
+    if rank == 0:
+        with runtime.atomic(out / "ckpt.pt") as path:
+            save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
+    runtime.log(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}")
+
+
+def save_resume(path: Path, args: Args, model: PatchAlignedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Training state after `step` updates, on rank 0; the data position is the step itself."""
+    if runtime.rank() == 0:
+        with runtime.atomic(path) as temporary:
+            torch.save(dict(step=step, args=dataclasses.asdict(args), model=model.trained_state(), optimizer=optimizer.state_dict(),
+                            rng=torch.get_rng_state()), temporary)
+
+
+def resume(path: Path, args: Args, model: PatchAlignedModel, optimizer: torch.optim.Optimizer) -> int:
+    """Load `save_resume`'s file into model and optimizer -> the step to go on from. InputError: no file, or other flags than then."""
+    if not path.is_file():
+        raise InputError(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    free = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "val_every"}                    # these change no result
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in free and getattr(args, k) != v]
+    if changed:
+        raise InputError(f"--resume: {path} was written with {', '.join(changed)}; use the same flags")
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    runtime.log(f"resumed {path} at step {state['step']}")
+    return state["step"]
+
+
+if __name__ == "__main__":
+    runtime.run(main, Args, __doc__, InputError)

@@ -1,0 +1,165 @@
+"""What every stage does around its loop: flags from a dataclass, rank and device, schedule, atomic files, logging.
+
+Nothing here knows the method. A stage's loop, model and losses stay in the stage's own file, in full view.
+"""
+import argparse
+import ast
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import sys
+import tempfile
+import textwrap
+import time
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# ------------------------------------------------------------------------------------------------------------------------ flags
+
+
+def parse(cls, doc: str, argv: list[str] | None = None):
+    """Command line -> instance of the dataclass `cls`: a flag per field, its default the field's, its help the string below the field.
+
+    Booleans become --x/--no-x, `list[str]` fields with metadata {"positional": True} positional arguments, metadata {"choices": ...}
+    a closed set. An unknown flag or a bad value prints one line and exits with status 2.
+    """
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    helps = {a.target.id: b.value.value for a, b in zip(body, body[1:])
+             if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    types = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        text = helps.get(f.name, "")
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, nargs="+" if types[f.name] == list[str] else None, help=text)
+            continue
+        shown = f.default if f.default != "" else "none"
+        options = dict(default=f.default, help=f"{text} (default: {shown})".replace("%", "%%"), dest=f.name)
+        if types[f.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=types[f.name], choices=f.metadata.get("choices"))
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run(main, cls, doc: str, bad_input: type[Exception]) -> None:
+    """`main(args)` with flags from the command line; `bad_input` becomes one line on stderr and exit status 2."""
+    try:
+        main(parse(cls, doc))
+    except bad_input as error:                           # a data loader's worker prefixes its traceback: the message is the last line
+        message = str(error).strip().splitlines()[-1]
+        print("error: " + message.removeprefix(f"{bad_input.__module__}.{bad_input.__qualname__}: "), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks and devices
+
+
+def rank() -> int:
+    """This process's number, from torchrun's environment; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """The number of processes; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(seed: int) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPU), seed torch alike on all ranks, and return this rank's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    return device
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products: bfloat16 on GPUs that have it, float32 elsewhere (on CPUs bfloat16 is slower)."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def all_sum(tensors: list[torch.Tensor]) -> None:
+    """Sum each tensor over all ranks, in place, in one message."""
+    if world() > 1:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+# --------------------------------------------------------------------------------------------------------------------- schedule
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor of update `step` (from 0) out of `steps`: linear warm-up to 1, then half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# -------------------------------------------------------------------------------------------------------------- files and logging
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary file beside `path` to write to, renamed to `path` on success and removed on failure: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o644)                       # mkstemp's files are private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def log(*text) -> None:
+    """Print on rank 0 only, above any progress bar."""
+    if rank() == 0:
+        from tqdm import tqdm
+
+        tqdm.write(" ".join(str(t) for t in text))
+
+
+class Metrics:
+    """metrics.jsonl: one line per logged step, each with the step and seconds since the start; rank 0 writes."""
+
+    def __init__(self, path: Path, step: int = 0):
+        """`step`: lines of later steps, left by an interrupted run, are dropped; 0 starts the file anew."""
+        self.path, self.began = Path(path), time.time()
+        if rank() == 0:
+            kept = [s for s in self.path.read_text().splitlines() if json.loads(s)["step"] <= step] if step and self.path.exists() else []
+            with atomic(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one line; floats are kept to 6 significant digits."""
+        if rank() == 0:
+            row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 1), **row}) + "\n")
+
+
+def table(rows: list[list]) -> str:
+    """Rows of cells as aligned text: the first column to the left, the others to the right, floats to three decimals."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)

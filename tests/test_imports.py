@@ -1,0 +1,46 @@
+"""Who may import whom, and that our folder kernels/ and a package of the same name keep out of each other's way."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "projector": set(), "kernels": set(), "data": set(), "runtime": set(),
+    "model": {"projector", "kernels", "data"},
+    "toy": {"data", "runtime"},
+    "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy"},
+    "probe": {"data", "runtime", "model", "toy"},
+}
+
+
+def project_imports(path):
+    """Project modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names & MAY_IMPORT.keys()
+
+
+def test_imports_form_the_agreed_graph():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]
+    assert {f.stem for f in ROOT.glob("*.py")} == MAY_IMPORT.keys() - {"kernels"}
+    for file in files:
+        name = "kernels" if file.parent.name == "kernels" else file.stem
+        assert project_imports(file) - {name} <= MAY_IMPORT[name], file
+
+
+def test_transformers_and_our_kernels_both_import(tmp_path):
+    """A package named kernels is on the path, behind ours: ours wins, and transformers loads CLIP all the same."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('the other package')")
+    code = (f"import sys; sys.path.append({str(tmp_path)!r})\n"
+            "import kernels.patch_loss, transformers\n"
+            "from transformers import CLIPVisionModel, LlamaForCausalLM\n"
+            "print(kernels.__file__)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
