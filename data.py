@@ -401,7 +401,7 @@ def word_ids(tokenizer, word):
 
 
 def patch_targets(words, lookup):
-    """Words of each patch -> target distribution Y (DESIGN section 1), sparse: ids (P, K) int64, weights (P, K) float32.
+    """Words of each patch -> target distribution Y, sparse: ids (P, K) int64, weights (P, K) float32.
 
     lookup: word -> list of token ids. Uniform over the patch's words, each word's share split evenly over its tokens;
     a token of two words gets the sum. Words without tokens do not count. K >= 1 is the longest row; padding (id 0) has

@@ -1,7 +1,7 @@
 """Analysis of any checkpoint: how far the projector compresses, how well patches align with words, and of how many.
 
-Three questions about the patch embeddings H = projector(Z), each answered beside a control (definitions: DESIGN section 2,
-symbols: section 1):
+Three questions about the patch embeddings H = projector(Z), each answered beside a control (definitions in README.md,
+symbols in model.py):
 
     compression     von Neumann entropy of the patches before (Z) and after (H) the projector; again with the mean removed,
                     because patches that all collapse onto one direction would pass for well compressed
@@ -39,13 +39,13 @@ class Args:
     checkpoints: list[str] = field(metadata={"positional": True})
     """checkpoints to analyse, side by side"""
     data: str = ""
-    """records (JSON or JSONL); default: the toy world's test split"""
+    """records (JSON or JSONL); none: the toy world's test split"""
     regions: str = ""
     """optional second file of {id, regions}, joined on id"""
     image_dir: str = ""
-    """folder that the records' image paths are relative to; default: images/ beside the records"""
+    """folder that the records' image paths are relative to; none: images/ beside the records"""
     out: str = ""
-    """folder for probe.json and probe.png; default: beside the checkpoint"""
+    """folder for probe.json and probe.png; none: beside the checkpoint"""
     images: int = 300
     """images to analyse, spread evenly over the records (all patches are kept in memory); 0 = all"""
     batch_size: int = 32
@@ -74,7 +74,7 @@ def unit(x):
 
 
 def von_neumann_entropy(x):
-    """Entropy in nats of the spectrum of rho = (1/n) sum_i x_i x_i^T / |x_i|^2 for x (n, D) (Kim et al., CVPR 2023, after DESIGN).
+    """Entropy in nats of the spectrum of rho = (1/n) sum_i x_i x_i^T / |x_i|^2 for x (n, D) (after Kim et al., CVPR 2023).
 
     From 0 (all rows parallel) to ln min(n, D). Rows of zeros are ignored; a set without any other row has entropy 0.
     """
@@ -230,10 +230,10 @@ def word_rows(tokenizer, w):
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(min(len(w), len(tokenizer))) if usable[i] and i not in special]
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    texts = {i: tokenizer.decode([i]).strip() or str(token) for i, token in zip(ids, tokens)}
+    texts = {i: tokenizer.decode([i]).strip() for i in ids}                         # "" for a bare "Ġ"
     whole = [i for i, token in zip(ids, tokens) if str(token)[:1] in ("Ġ", "▁") and texts[i].isalpha()]
-    chosen = whole if len(whole) >= 50 else ids
-    return torch.tensor(chosen), [texts[i] for i in chosen], len(whole) >= 50
+    chosen, named = (whole if len(whole) >= 50 else ids), dict(zip(ids, tokens))
+    return torch.tensor(chosen), [texts[i] or str(named[i]) for i in chosen], len(whole) >= 50
 
 
 # ------------------------------------------------------------------------------------------------- collection: one checkpoint over the data
@@ -361,7 +361,7 @@ def panel(view, grid, texts, right, palette):
         x0, y0, x1, y1 = cell(grid, i)
         draw.rectangle((x0, y0, x1, y1), outline=(0, 0, 0))
         if right[i] is not None:
-            draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=FRAME[right[i]], width=1 if narrow else 3)
+            draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=FRAME[right[i]], width=1 if narrow else 2)
     named = [area[len(area) // 2] for area in areas(texts, grid) if len(area) > 2] if narrow else range(len(texts))
     for i in named:
         x0, y0, x1, y1 = cell(grid, i)
@@ -453,8 +453,8 @@ def outputs(checkpoints, out):
 
 
 def probe(path, records, shown, image_dir, palette, args, device):
-    """One checkpoint -> (its probe.json, its stage, its column of the picture). The model is freed on return."""
-    model, checkpoint = load_checkpoint(path, device)
+    """One checkpoint -> (its probe.json, its column of the picture). The model is freed on return."""
+    model, _ = load_checkpoint(path, device)
     model.eval()
     z, h, words = collect(model, records, image_dir, args.batch_size)
     result = {"checkpoint": str(path)} | analyse(model, z, h, words, args)
@@ -462,7 +462,7 @@ def probe(path, records, shown, image_dir, palette, args, device):
         runtime.log(f"{path}: fewer than 50 whole-word tokens, so the dictionary is the whole vocabulary")
     per_image = h.shape[1]
     shown_words = [names for i in shown for names in words[i * per_image : (i + 1) * per_image]]
-    return result, checkpoint["stage"], panels(model, [records[i] for i in shown], h[shown], shown_words, image_dir, palette)
+    return result, panels(model, [records[i] for i in shown], h[shown], shown_words, image_dir, palette)
 
 
 def main(args):
@@ -484,7 +484,7 @@ def main(args):
     names, files = outputs(args.checkpoints, args.out)
     results, columns, palette = [], [], Palette()
     for path, file in zip(args.checkpoints, files):
-        result, stage, column = probe(path, records, shown, image_dir, palette, args, device)
+        result, column = probe(path, records, shown, image_dir, palette, args, device)
         results.append(result)
         columns.append(column)
         with runtime.atomic(file) as temporary:
@@ -495,8 +495,9 @@ def main(args):
         files.append(files[0].parent / "probe.png")
         with runtime.atomic(files[-1]) as temporary:
             sheet([records[i] for i in shown], columns, names).save(temporary, format="PNG")
-    following = "torchrun sft.py" if stage == "pretrain" else "python eval.py"
-    runtime.log(f"wrote {', '.join(map(str, files))}; next: {following} {args.checkpoints[-1]}")
+    baseline = "runs/caption_only"
+    following = f"torchrun pretrain.py --patch-weight 0 --out {baseline} && python probe.py {baseline}/ckpt.pt {args.checkpoints[0]}"
+    runtime.log(f"wrote {', '.join(map(str, files))}; next: {following if len(results) == 1 else f'look at {files[-1]}'}")
 
 
 if __name__ == "__main__":

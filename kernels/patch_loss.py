@@ -234,7 +234,7 @@ def check_inputs(h, w, ids, weights):
 
 
 def patch_loss(h, w, ids, weights, tau, *, impl=None):
-    """Softmax cross-entropy of patches against the vocabulary, with a target distribution per patch (DESIGN.md, section 2).
+    """Softmax cross-entropy of patches against the vocabulary, with a target distribution per patch.
 
     h        (n, D) patch embeddings, any floating dtype; differentiable
     w        (V, D) word embeddings, any floating dtype; a constant, it never gets a gradient

@@ -61,7 +61,7 @@ def error(got, want):
 
 
 def by_definition(h, w, ids, weights, tau):
-    """Written from DESIGN.md with a dense Y and no shared code, for one labelled row after another."""
+    """Written from the definition with a dense Y and no shared code, for one labelled row after another."""
     total = 0.0
     for x, tokens, shares in zip(h, ids, weights):
         if shares.any():

@@ -54,7 +54,7 @@ def test_overfitting_one_batch_lowers_both_losses(run, flags, tmp_path):
 
 
 def test_an_error_in_mid_run_loses_nothing_and_resuming_is_not_noticeable(run, flags, straight, world, tmp_path):
-    """An image of the fifth step is broken: one line, and resume.pt of step 3 stays. Mended and resumed, the run ends as if never stopped."""
+    """An image of the fifth step is broken: one line, and resume.pt of step 3 stays. Mended and resumed, the run ends as if unstopped."""
     images = tmp_path / "images"
     shutil.copytree(world / "images", images)
     name = read_records(world / "train.jsonl")[StepSampler(24, 8, 0).indices(4)[2]]["image"]

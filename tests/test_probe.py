@@ -146,6 +146,17 @@ def test_pursuit_survives_repeated_rows_zero_rows_and_more_atoms_than_dimensions
         probe.matching_pursuit(x, dictionary, 11)
 
 
+def test_pursuit_stays_orthogonal_among_nearly_parallel_atoms():
+    base = random(1, 20, seed=6)
+    dictionary, x = base + 0.001 * random(30, 20, seed=7), 3 * base + random(50, 20, seed=8)
+    indices, _, explained = probe.matching_pursuit(x.float(), dictionary.float(), 8)
+    for i in range(50):
+        basis, u = dictionary.float()[indices[i]].double().T, torch.nn.functional.normalize(x[i].float().double(), dim=0)
+        fit = torch.linalg.lstsq(basis, u[:, None], driver="gelsd").solution
+        rest = (u - (basis @ fit).squeeze(1)).square().sum().item()
+        assert explained[i, -1].item() == pytest.approx(1 - rest, abs=2e-5)                     # 6e-3 with one pass of Gram-Schmidt
+
+
 def test_rotation_keeps_angles_and_loses_directions():
     d = random(30, 12)
     r = probe.rotated(d, torch.Generator().manual_seed(0))
@@ -156,7 +167,7 @@ def test_rotation_keeps_angles_and_loses_directions():
 # -------------------------------------------------------- a model that turns a patch's colour into the colour's own word
 
 
-TOKENS = ["<unk>", "Ġred", "Ġblue", "Ġgrey", *(f"Ġ{a}{b}" for a in "klmnopqr" for b in "aeiouwy"), "x", "Ġ7"]
+TOKENS = ["<unk>", "Ġred", "Ġblue", "Ġgrey", "x", "Ġ7", "Ġ", *(f"Ġ{a}{b}" for a in "klmnopqr" for b in "aeiouwy")]
 
 
 def word_tokenizer():
@@ -182,14 +193,15 @@ class Model:
 
 
 def write_data(folder, regions=True):
-    """Two grey images of 40 x 20, which "pad" puts into rows 10 .. 30 of a 40 x 40 square: red at the top right, blue below left."""
+    """Grey 40 x 20 images, which "pad" puts into rows 10 .. 30 of a 40 x 40 square: red at the top right, blue at the bottom
+    left, both wrongly or rightly labelled "red"; the second image is the first one upside down."""
     (folder / "images").mkdir()
     pixels = np.full((20, 40, 3), 128, np.uint8)
     pixels[:10, 30:], pixels[10:, :10] = (255, 0, 0), (0, 0, 255)
-    boxes = [{"phrase": "a red box", "bbox": [30, 0, 40, 10]}, {"phrase": "a red box", "bbox": [0, 10, 10, 20]}]
     records = []
-    for name in ("one", "two"):
-        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+    for name, top, bottom in (("one", 0, 10), ("two", 10, 0)):
+        boxes = [{"phrase": "a red box", "bbox": [30, top, 40, top + 10]}, {"phrase": "a red box", "bbox": [0, bottom, 10, bottom + 10]}]
+        Image.fromarray(pixels if top == 0 else pixels[::-1].copy()).save(folder / "images" / f"{name}.png")
         records.append({"id": name, "image": f"{name}.png", **({"regions": boxes} if regions else {})})
     (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return records
@@ -199,8 +211,8 @@ def test_panel_shows_each_word_where_the_patch_is(tmp_path):
     records, model = write_data(tmp_path), Model()
     z, h, words = probe.collect(model, records, tmp_path / "images", 1)
     assert z.shape == (2, 16, 3) and h.shape == (2, 16, 24)
-    assert [i for i, row in enumerate(words) if row] == [7, 8, 23, 24]                          # row 1, column 3; row 2, column 0
-    (view, panel), _ = probe.panels(model, records, h, words, tmp_path / "images", probe.Palette())
+    assert [i for i, row in enumerate(words) if row] == [7, 8, 20, 27]                          # first: (row 1, column 3), (2, 0)
+    (view, panel), (_, second) = probe.panels(model, records, h, words, tmp_path / "images", probe.Palette())
     assert view.size == panel.size == (probe.PANEL, probe.PANEL)
     cell = probe.PANEL // 4
     middle = {(r, c): view.getpixel((c * cell + cell // 2, r * cell + cell // 2)) for r in range(4) for c in range(4)}
@@ -211,6 +223,8 @@ def test_panel_shows_each_word_where_the_patch_is(tmp_path):
         tint = panel.getpixel((x + 15, y + 15))
         assert sign * (tint[0] - tint[2]) > 60
         assert panel.getpixel((x + 2, y + cell // 2)) == probe.FRAME[frame]
+    assert panel.getpixel((2, cell // 2)) not in probe.FRAME.values()
+    assert second.getpixel((3 * cell + 2, 2 * cell + cell // 2)) == probe.FRAME[True]
     assert len({panel.getpixel((c * cell + 15, r * cell + 15)) for r in (1, 2) for c in (1, 2)}) == 1           # plain grey
 
 
@@ -230,9 +244,9 @@ def test_words_of_the_dictionary():
     tokenizer, w = Model.tokenizer, Model.word_embeddings.clone()
     w[2] = 1e-6                                                 # a row that training never touched
     ids, texts, whole = probe.word_rows(tokenizer, w)
-    assert whole and ids.tolist() == [1, *range(3, 60)] and texts[:3] == ["red", "grey", "ka"]                  # not <unk>, x, Ġ7
+    assert whole and ids.tolist() == [1, 3, *range(7, 63)] and texts[:3] == ["red", "grey", "ka"]                  # not <unk>, x, Ġ7, Ġ
     ids, texts, whole = probe.word_rows(tokenizer, w[:40])
-    assert not whole and ids.tolist() == [1, *range(3, 40)]
+    assert not whole and ids.tolist() == [1, *range(3, 40)] and texts[:5] == ["red", "grey", "x", "7", "Ġ"]
 
 
 def run(tmp_path, monkeypatch, regions=True, **flags):
@@ -277,7 +291,7 @@ def test_chance_is_the_mean_over_all_pairs_of_patches_and_words():
     assert result["align"] == pytest.approx(cosine.diagonal().mean().item(), abs=1e-5)
     assert result["chance"] == pytest.approx(cosine.mean().item(), abs=4 * cosine.std().item() / math.sqrt(n))
     assert result["align"] > result["chance"] + 0.3 and result["recall"]["5"] > 0.5 > 0.3 > result["recall_chance"]["5"]
-    assert result["pursuit"]["patches"] == 50
+    assert result["pursuit"]["patches"] == 50 and result["pursuit"]["recall"][1] > 0.5 > 0.2 > result["pursuit"]["control_recall"][1]
 
 
 def test_outputs_never_collide():
