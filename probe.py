@@ -36,6 +36,8 @@ from model import load_checkpoint
 
 @dataclass
 class Args:
+    """Flags of probe.py."""
+
     checkpoints: list[str] = field(metadata={"positional": True})
     """checkpoints to analyse, side by side"""
     data: str = ""
@@ -466,6 +468,7 @@ def probe(path, records, shown, image_dir, palette, args, device):
 
 
 def main(args):
+    """Analyse the checkpoints one after another and write their numbers and the picture."""
     device = runtime.start(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = False               # orthogonalisation needs float32's whole mantissa
     if args.images < 0 or args.atoms < 1 or args.batch_size < 1 or args.pursuit_patches < 0 or args.show < 0:

@@ -15,8 +15,8 @@ writes: data/toy/images/*.png
 """
 import json
 import math
-import os
 import shutil
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -301,37 +301,53 @@ def record(name: str, suffix: str, question: str, said: str, **more) -> dict:
     return {"id": name + suffix, "image": f"{name}.png", "conversations": turns, **more}
 
 
-def build(folder: Path) -> None:
-    """Write the whole data folder; it appears under its name only when complete, so an interrupted build leaves nothing."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-    (temporary / "images").mkdir(parents=True)
-    for split, count in SPLITS.items():
-        records = {"": [], "_vqa": [], "_refer": []}
-        for i in range(count):
-            rng = np.random.default_rng(SEEDS[split] + i)
-            scene = sample_scene(rng)
-            pixels, masks = render(scene, rng)
-            name = f"{split}_{i:05d}"
-            Image.fromarray(pixels).save(temporary / "images" / f"{name}.png", compress_level=1)
+def scene_records(name: str, scene: Scene, masks: list, rng) -> dict[str, list]:
+    """All records of one image: its caption with regions, its questions, its referring expressions, by suffix of their file."""
+    names = [article(t.phrase) for t in scene.things] + [f"{scene.light} {scene.background}"]
+    regions = [{"phrase": p, "rle": data.encode_rle(m)} for p, m in zip(names, masks) if m.any()]
+    out = {"": [record(name, "", "Describe the image.", caption(scene, rng), regions=regions)],
+           "_vqa": [record(name, f"_{kind}", question, answer, task="vqa", kind=kind, answer=answer)
+                    for kind, question, answer in questions(scene, rng)],
+           "_refer": []}
+    for index, expression in referring(scene, rng):
+        ys, xs = np.nonzero(masks[index])
+        box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+        out["_refer"].append(record(name, f"_refer{index}", REFER.format(expression), box_text(box), task="refer", answer=box))
+    return out
 
-            names = [article(t.phrase) for t in scene.things] + [f"{scene.light} {scene.background}"]
-            regions = [{"phrase": p, "rle": data.encode_rle(m)} for p, m in zip(names, masks) if m.any()]
-            records[""].append(record(name, "", "Describe the image.", caption(scene, rng), regions=regions))
-            records["_vqa"] += [record(name, f"_{kind}", question, answer, task="vqa", kind=kind, answer=answer)
-                                for kind, question, answer in questions(scene, rng)]
-            for index, expression in referring(scene, rng):
-                ys, xs = np.nonzero(masks[index])
-                box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
-                records["_refer"].append(record(name, f"_refer{index}", REFER.format(expression), box_text(box), task="refer", answer=box))
-        for kind, rows in records.items():
-            (temporary / f"{split}{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (temporary / "version").write_text(str(VERSION))
+
+def build(folder: Path) -> None:
+    """Write the whole data folder, which must not exist; it gets its name only when complete, so half of it is never taken for all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+        temporary = Path(parent) / folder.name
+        (temporary / "images").mkdir(parents=True)
+        for split, count in SPLITS.items():
+            lines = {"": [], "_vqa": [], "_refer": []}
+            for i in range(count):
+                rng = np.random.default_rng(SEEDS[split] + i)
+                scene = sample_scene(rng)
+                pixels, masks = render(scene, rng)
+                name = f"{split}_{i:05d}"
+                Image.fromarray(pixels).save(temporary / "images" / f"{name}.png", compress_level=1)
+                for suffix, records in scene_records(name, scene, masks, rng).items():
+                    lines[suffix] += [json.dumps(r) + "\n" for r in records]
+            for suffix, text in lines.items():
+                (temporary / f"{split}{suffix}.jsonl").write_text("".join(text))
+        (temporary / "version").write_text(str(VERSION))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "version").exists():                        # else another rank was first, with the same data
+                raise
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier toy world from `folder`. InputError when something else is there."""
     if folder.exists():
+        if not (folder / "version").is_file():
+            raise data.InputError(f"{folder} exists and is not a toy world; remove it or name another folder with --out")
         shutil.rmtree(folder)
-    try:
-        temporary.rename(folder)
-    except OSError:                                                      # another rank was first
-        shutil.rmtree(temporary)
 
 
 def ensure(folder: Path = ROOT / "data" / "toy") -> Path:
@@ -339,6 +355,7 @@ def ensure(folder: Path = ROOT / "data" / "toy") -> Path:
     version = folder / "version"
     if not version.exists() or version.read_text() != str(VERSION):
         began = time.time()
+        clear(folder)
         build(folder)
         runtime.log(f"toy world: wrote {sum(SPLITS.values())} scenes to {folder} in {time.time() - began:.0f} s")
     return folder
@@ -511,6 +528,7 @@ def train_llm(tokenizer, steps: int) -> dict:
 def main(args: Args) -> None:
     """Write the data, or train the backbones."""
     if not args.train_backbones:
+        clear(Path(args.out))
         build(Path(args.out))
         print(f"wrote {args.out}; next: torchrun pretrain.py")
         return

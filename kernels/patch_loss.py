@@ -58,6 +58,7 @@ LARGEST_TILE = 4096             # words per tile: smaller ones cost calls, large
 
 
 def compute_dtype(h):
+    """The dtype of all arithmetic: float32, or float64 for float64 input."""
     return torch.float64 if h.dtype == torch.float64 else torch.float32
 
 
@@ -179,6 +180,8 @@ def chunked_sweep(h, w, ids, weights, tau, need_grad):
 
 
 class ChunkedPatchLoss(torch.autograd.Function):
+    """The sweep above as a differentiable function of h: the gradient is made in the forward pass, and scaled in the backward pass."""
+
     @staticmethod
     def forward(ctx, h, w, ids, weights, tau):
         loss_sum, grad = chunked_sweep(h, w, ids, weights, tau, need_grad=True)

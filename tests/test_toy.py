@@ -94,7 +94,14 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "caption", stop)
     with pytest.raises(KeyboardInterrupt):
         toy.ensure(tmp_path / "toy")
-    assert not (tmp_path / "toy").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_somebody_elses_folder_is_not_replaced(tmp_path):
+    (tmp_path / "precious").write_text("")
+    with pytest.raises(data.InputError, match="not a toy world"):
+        toy.main(toy.Args(out=str(tmp_path)))
+    assert (tmp_path / "precious").exists()
 
 
 def test_backbones():
