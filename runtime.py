@@ -50,11 +50,15 @@ def parse(cls, doc: str, argv: list[str] | None = None):
 
 
 def run(main, cls, doc: str, bad_input: type[Exception]) -> None:
-    """`main(args)` with flags from the command line; `bad_input` becomes one line on stderr and exit status 2."""
+    """`main(args)` with flags from the command line; `bad_input`, or a file that the system refuses, becomes one line on stderr and exit
+    status 2. Any other exception is a bug and keeps its traceback."""
     try:
         main(parse(cls, doc))
-    except bad_input as error:                           # a data loader's worker prefixes its traceback: the message is the last line
-        message = str(error).strip().splitlines()[-1]
+    except (bad_input, OSError) as error:
+        if isinstance(error, OSError) and not error.filename:
+            raise
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error).strip()
+        message = message.splitlines()[-1]               # a data loader's worker puts its traceback in front
         print("error: " + message.removeprefix(f"{bad_input.__module__}.{bad_input.__qualname__}: "), file=sys.stderr)
         sys.exit(2)
     finally:

@@ -13,6 +13,8 @@ writes: data/toy/images/*.png
         data/toy/{train,val,test}_refer.jsonl       referring expressions, their boxes  (with "task", "answer" in pixels)
         backbones/toy-clip, backbones/toy-llama     Hugging Face folders, half precision; backbones/report.json, what they reach
 """
+import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -46,9 +48,9 @@ class Args:
     """train the tokenizer, the vision encoder and the language model from scratch instead of writing the data"""
     part: str = "all"
     """with --train-backbones: all, vision or llm"""
-    vision_steps: int = 1100
-    """contrastive steps of 128 images and captions"""
-    llm_steps: int = 2000
+    vision_steps: int = 1400
+    """contrastive steps of 128 images, their captions and as many near misses"""
+    llm_steps: int = 2200
     """language model steps of 48 texts"""
 
 
@@ -210,6 +212,14 @@ def caption(scene: Scene, rng) -> str:
     return f"{rng.choice(['', 'there is ', 'a picture of '])}{listed} on {scene.light} {scene.background}."
 
 
+def near_miss(scene: Scene, rng) -> Scene:
+    """The scene with one attribute of one object changed, mostly texture or shape: a hard negative for the contrastive loss."""
+    index, kind = rng.integers(len(scene.things)), str(rng.choice(["color", "texture", "shape"], p=[0.1, 0.45, 0.45]))
+    values = [v for v in {"color": COLORS, "texture": TEXTURES, "shape": SHAPES}[kind] if v != getattr(scene.things[index], kind)]
+    changed = dataclasses.replace(scene.things[index], **{kind: str(rng.choice(values))})
+    return dataclasses.replace(scene, things=scene.things[:index] + [changed] + scene.things[index + 1:])
+
+
 def questions(scene: Scene, rng) -> list[tuple[str, str, str]]:
     """(kind, question, answer) for a scene, one per kind where the kind has an unambiguous question."""
     things, out = scene.things, [("background", "What is the background?", scene.background)]
@@ -263,34 +273,39 @@ def box_text(box) -> str:
     return "[" + ", ".join(f"{v / SIZE:.2f}" for v in box) + "]"
 
 
+def full_box(t: Thing) -> list[float]:
+    """Roughly the object's box before others hide it, for texts about scenes that are never drawn."""
+    return [max(0, t.x - t.radius), max(0, t.y - t.radius), min(SIZE, t.x + t.radius), min(SIZE, t.y + t.radius)]
+
+
 def description(scene: Scene, rng, boxes: bool) -> str:
     """The scene in words only, for the language model's pretraining: objects in random order with their places or boxes."""
-    def where(t):
-        box = [max(0, t.x - t.radius), max(0, t.y - t.radius), min(SIZE, t.x + t.radius), min(SIZE, t.y + t.radius)]
-        return box_text(box) if boxes else f"at the {t.place}"
-    parts = [f"{article(t.phrase)} {where(t)}" for t in (scene.things[i] for i in rng.permutation(len(scene.things)))]
+    parts = [f"{article(t.phrase)} {box_text(full_box(t)) if boxes else f'at the {t.place}'}"
+             for t in (scene.things[i] for i in rng.permutation(len(scene.things)))]
     return ", ".join(parts) + f", on {scene.light} {scene.background}."
 
 
 REFER = "Give the bounding box of: {}"
 
 
-def text_sample(rng) -> tuple[str, list[str]]:
-    """A text for the language model, and the kinds of its answers in order: a caption, or a described scene with questions."""
+def text_sample(rng) -> list[tuple[str, str]]:
+    """A text for the language model, as (kind, segment) pairs, kind "" for what the user says: a caption alone, or a scene described in
+    words and then either its caption or questions about it."""
     scene = sample_scene(rng)
-    if rng.random() < 0.25:
-        return f"{caption(scene, rng)}</s>", []
-    boxes = rng.random() < 0.3
-    asked = questions(scene, rng)
-    if boxes:
-        index, expression = (refs := referring(scene, rng) or [(0, f"the {scene.things[0].phrase}")])[rng.integers(len(refs))]
-        t = scene.things[index]
-        asked.append(("box", REFER.format(expression), box_text([max(0, t.x - t.radius), max(0, t.y - t.radius),
-                                                                min(SIZE, t.x + t.radius), min(SIZE, t.y + t.radius)])))
-    asked = [asked[i] for i in rng.permutation(len(asked))[: 4]]
-    turns = [f"USER: {question} ASSISTANT: {answer}</s>" for _, question, answer in asked]
-    turns[0] = turns[0].replace("USER: ", f"USER: {description(scene, rng, boxes)} ", 1)
-    return "".join(turns), [kind for kind, _, _ in asked]
+    form, boxes = rng.random(), rng.random() < 0.15
+    if form < 0.15:
+        return [("caption", f"{caption(scene, rng)}</s>")]
+    if form < 0.5:
+        asked = [("summary", "Describe the image.", caption(scene, rng))]
+    else:
+        asked = questions(scene, rng)
+        if boxes:
+            index, expression = (refs := referring(scene, rng) or [(0, f"the {scene.things[0].phrase}")])[rng.integers(len(refs))]
+            asked.append(("box", REFER.format(expression), box_text(full_box(scene.things[index]))))
+        asked = [asked[i] for i in rng.permutation(len(asked))]
+    segments = [s for kind, question, answer in asked for s in (("", f"USER: {question} ASSISTANT:"), (kind, f" {answer}</s>"))]
+    segments[0] = ("", segments[0][1].replace("USER:", f"USER: {description(scene, rng, boxes)}", 1))
+    return segments
 
 
 # --------------------------------------------------------------------------------------------------------------------- the data
@@ -371,8 +386,8 @@ def train_tokenizer() -> "PreTrainedTokenizerFast":  # noqa: F821
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    turns = (t for i in range(20_000) for t in text_sample(np.random.default_rng(SEEDS["backbones"] + i))[0].split("</s>"))
-    tokenizer.train_from_iterator(turns, trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<s>", "</s>"], min_frequency=20,
+    segments = (text.removesuffix("</s>") for i in range(20_000) for _, text in text_sample(np.random.default_rng(SEEDS["backbones"] + i)))
+    tokenizer.train_from_iterator(segments, trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<s>", "</s>"], min_frequency=20,
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -408,7 +423,11 @@ def optimise(parameters, loss_of_step, steps: int, rate: float, name: str) -> No
 
 
 def train_vision(tokenizer, steps: int) -> dict:
-    """A small CLIP on captions only (it never sees a region); its image half is saved. Returns what it reaches on unseen scenes."""
+    """A small CLIP on captions only (it never sees a region); its image half is saved. Returns what it reaches on unseen scenes.
+
+    Colours and background alone tell most scenes apart, so each caption also competes with a near miss (hard negatives as in NegCLIP,
+    Yuksekgonul et al., ICLR 2023): without them the patches hardly know texture and shape.
+    """
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
@@ -430,26 +449,31 @@ def train_vision(tokenizer, steps: int) -> dict:
             owners.append(np.argmax(masks, 0))
         return torch.from_numpy(pixels), scenes, np.stack(owners)
 
-    def batch(pixels, scenes, index, rng):
-        x = (pixels[index].permute(0, 3, 1, 2).float() / 255 - mean[0]) / std[0]
-        ids, mask = pad([tokenizer(caption(scenes[i], rng))["input_ids"] + [end] for i in index])
-        return dict(pixel_values=x, input_ids=ids, attention_mask=mask.long())
+    def logits(pixels, scenes, seeds):
+        """Image by caption similarities (N, 2 N): each image's own captions in order, then each with one attribute changed."""
+        x = (pixels.permute(0, 3, 1, 2).float() / 255 - mean[0]) / std[0]
+        changed = [near_miss(scene, np.random.default_rng([3, *seed])) for scene, seed in zip(scenes, seeds)]
+        texts = [caption(scene, np.random.default_rng(seed)) for s in (scenes, changed) for scene, seed in zip(s, seeds)]
+        ids, mask = pad([tokenizer(text)["input_ids"] + [end] for text in texts])
+        return model(pixel_values=x, input_ids=ids, attention_mask=mask.long()).logits_per_image
 
     pixels, scenes, _ = make(SEEDS["backbones"], 24_000)
 
     def loss_of_step(step):
-        rng = np.random.default_rng([1, step])
-        return model(**batch(pixels, scenes, rng.integers(0, len(scenes), 128), rng), return_loss=True).loss
+        index = np.random.default_rng([1, step]).integers(0, len(scenes), 128)
+        similarity, own = logits(pixels[index], [scenes[i] for i in index], [(step, int(i)) for i in index]), torch.arange(128)
+        return (torch.nn.functional.cross_entropy(similarity, own) + torch.nn.functional.cross_entropy(similarity[:, :128].T, own)) / 2
 
     optimise(list(model.parameters()), loss_of_step, steps, 1e-3, "vision")
 
     model.eval()
     pixels, scenes, owners = make(SEEDS["backbones_test"], 512)
     with torch.no_grad():
-        test = batch(pixels, scenes, range(512), np.random.default_rng(2))
-        logits = model(**test).logits_per_image[:256, :256]
-        z = model.vision_model(test["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]      # (512, 64, 128)
-    report = {"retrieval_top1_of_256": (logits.argmax(1) == torch.arange(256)).float().mean().item()}
+        similarity = logits(pixels[:256], scenes[:256], [(0, i) for i in range(256)])
+        x = (pixels.permute(0, 3, 1, 2).float() / 255 - mean[0]) / std[0]
+        z = model.vision_model(x, output_hidden_states=True).hidden_states[-2][:, 1:]                         # (512, 64, 128)
+    report = {"retrieval_top1_of_256": (similarity[:, :256].argmax(1) == torch.arange(256)).float().mean().item(),
+              "own_above_near_miss": (similarity[:, :256].diagonal() > similarity[:, 256:].diagonal()).float().mean().item()}
     cells = owners.reshape(-1, 8, 12, 8, 12).transpose(0, 1, 3, 2, 4).reshape(-1, 64, 144)                    # a patch's pixels
     for name in ("color", "texture", "shape"):                          # ridge read-out of patches that lie within one object
         rows, targets, values = [], [], sorted({getattr(t, name) for s in scenes for t in s.things})
@@ -488,37 +512,40 @@ def train_llm(tokenizer, steps: int) -> dict:
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False))
 
-    def logits_and_ids(texts):
-        ids, mask = pad([tokenizer(t)["input_ids"] for t in texts])
-        return model(input_ids=ids, attention_mask=mask.long()).logits, ids
+    def encode(samples):
+        """Token ids (B, T), padded with 0, and the kind of every token's segment."""
+        kinds = [[""] + [kind for kind, text in s for _ in tokenizer(text, add_special_tokens=False)["input_ids"]] for s in samples]
+        rows = [[1] + [t for _, text in s for t in tokenizer(text, add_special_tokens=False)["input_ids"]] for s in samples]
+        return *pad(rows), kinds
 
     def loss_of_step(step):
         rng = np.random.default_rng([SEEDS["backbones"], step // 8])     # eight steps share a draw, sorted so that padding is little
-        texts = sorted((text_sample(rng)[0] for _ in range(8 * 48)), key=len)
-        place = rng.permutation(8)[step % 8]
-        logits, ids = logits_and_ids(texts[48 * place: 48 * (place + 1)])
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
+        samples = sorted((text_sample(rng) for _ in range(8 * 48)), key=lambda s: sum(len(text) for _, text in s))
+        place = np.random.default_rng(step // 8).permutation(8)[step % 8]
+        ids, mask, kinds = encode(samples[48 * place: 48 * (place + 1)])
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
+        said = pad([[1 if kind else 0 for kind in row] for row in kinds])[0][:, 1:]
+        weights = (0.1 + 0.9 * said) * mask[:, 1:]                       # a random scene cannot be predicted, the answers about it can
+        return (losses * weights).sum() / weights.sum()
 
     optimise(list(model.parameters()), loss_of_step, steps, 2e-3, "llm")
 
     model.eval()
     right, asked = defaultdict(int), defaultdict(int)
-    assistant = tokenizer(" ASSISTANT:", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         for i in range(8):
             rng = np.random.default_rng([SEEDS["backbones_test"], i])
-            texts, kinds = zip(*(text_sample(rng) for _ in range(64)))
-            logits, ids = logits_and_ids(texts)
-            correct = logits[:, :-1].argmax(-1) == ids[:, 1:]            # token t + 1 predicted from 0..t
-            for row, hits, names in zip(ids.tolist(), correct.tolist(), kinds):
-                at = 0
-                for kind in names:
-                    while row[at: at + len(assistant)] != assistant:
-                        at += 1
-                    at += len(assistant)
-                    end = row.index(2, at)
-                    asked[kind] += 1
-                    right[kind] += all(hits[at - 1: end])                # the answer and its end token
+            ids, mask, kinds = encode([text_sample(rng) for _ in range(64)])
+            correct = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].argmax(-1) == ids[:, 1:]   # t + 1 from 0..t
+            for names, hits in zip(kinds, correct.tolist()):
+                at = 1
+                for kind, run in itertools.groupby(names[1:]):
+                    length = len(list(run))
+                    if kind not in ("", "caption", "summary"):           # these have no single right wording
+                        asked[kind] += 1
+                        right[kind] += all(hits[at - 1: at - 1 + length])
+                    at += length
     model.half().save_pretrained(LLM)
     return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
 

@@ -111,6 +111,7 @@ BROKEN = {
     "encoder": (["--vision", "nowhere/at/all"], {}, "--vision nowhere/at/all: no such model folder"),
     "temperature": (["--tau", "0.001"], {}, "--tau: 0.001 is too small"),
     "batch": (["--batch-size", "-3"], {}, "--batch-size -3 is less than 0"),
+    "out": (["--out", "/proc/none"], {}, "/proc/none.*: No such file"),
     "resume": (["--resume"], {}, "--resume: .*resume.pt does not exist"),
 }
 
