@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
 VERSION = 1                                        # of the data: a folder of another version is rebuilt
 SPLITS = {"train": 4096, "val": 256, "test": 300}  # images
-PRETRAIN = {"steps": 400, "batch_size": 32}       # of pretrain.py when it is started without --data
+PRETRAIN = {"steps": 300, "batch_size": 32}       # of pretrain.py when it is started without --data
 SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "backbones": 1 << 26, "backbones_test": 1 << 27}  # scene i of a split: seed + i
 
 
@@ -50,7 +50,7 @@ class Args:
     """with --train-backbones: all, vision or llm"""
     vision_steps: int = 1400
     """contrastive steps of 128 images, their captions and as many near misses"""
-    llm_steps: int = 2200
+    llm_steps: int = 1400
     """language model steps of 48 texts"""
 
 
@@ -510,7 +510,9 @@ def train_llm(tokenizer, steps: int) -> dict:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False))
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, initializer_range=0.07))
+    with torch.no_grad():                                                # large against what the blocks add: else, at this width, the
+        model.get_input_embeddings().weight.mul_(10)                     # words drown and it takes ten times longer to learn to look up
 
     def encode(samples):
         """Token ids (B, T), padded with 0, and the kind of every token's segment."""
