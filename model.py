@@ -17,14 +17,13 @@ The one legend of symbols, used in all files:
     tau   temperature of the patch loss
 """
 import inspect
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from data import IGNORE, IMAGE_TOKEN, InputError
@@ -48,17 +47,22 @@ class PatchAlignedModel(nn.Module):
     def __init__(self, config: dict, dtype: torch.dtype = torch.float32):
         super().__init__()
         vision, llm = find_model(config["vision"], "--vision"), find_model(config["llm"], "--llm")
-        loaded = load_backbone(AutoModel, vision, "--vision", dtype)
+        loaded = load_backbone(AutoModel, vision, "--vision", dtype=dtype)
         self.encoder = getattr(loaded, "vision_model", loaded).requires_grad_(False)                # CLIP's, SigLIP's image half
-        self.llm = load_backbone(AutoModelForCausalLM, llm, "--llm", dtype).requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(llm)
+        self.llm = load_backbone(AutoModelForCausalLM, llm, "--llm", dtype=dtype).requires_grad_(False)
+        self.tokenizer = load_backbone(AutoTokenizer, llm, "--llm")
 
         settings = self.encoder.config
+        if not isinstance(getattr(settings, "patch_size", None), int) or not hasattr(settings, "num_hidden_layers"):
+            raise InputError(f"--vision {vision}: a {settings.model_type} has no square patches; use a vision transformer such as CLIP")
         processor = read_processor(vision)
         size = config["image_size"] or processor_size(processor) or settings.image_size
-        if size % settings.patch_size:
+        if size <= 0 or size % settings.patch_size:
             raise InputError(f"--image-size {size} is not a multiple of the encoder's patch size {settings.patch_size}")
-        self.config = dict(config, image_size=size)
+        layers = settings.num_hidden_layers + 1
+        if not -layers <= config["feature_layer"] < layers:
+            raise InputError(f"--feature-layer {config['feature_layer']}: the encoder has {layers} hidden states")
+        self.config = dict(config, image_size=size, vision=vision, llm=llm)
         self.image_mean, self.image_std = processor.get("image_mean", [0.5] * 3), processor.get("image_std", [0.5] * 3)
         side = size // settings.patch_size
         self.encoder_patches = side * side                                                           # P_v
@@ -123,7 +127,7 @@ class PatchAlignedModel(nn.Module):
         X = self.splice(batch["input_ids"], H)                                                       # (B, T, D)
 
         labels = batch["labels"]                                                                     # (B, T)
-        first = int((labels != IGNORE).any(0).nonzero()[0])                                          # no label before this position
+        first = max(1, int((labels != IGNORE).any(0).nonzero()[0]))                                  # no label before this position
         keep = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)                    # token t is predicted at t - 1
         logits = self.llm(inputs_embeds=X, attention_mask=batch["attention_mask"], logits_to_keep=keep, use_cache=False).logits
         targets = labels[:, first:]                                                                  # (B, T - first)
@@ -147,37 +151,45 @@ class PatchAlignedModel(nn.Module):
         ids = torch.tensor([[self.pad_id] * (T - len(p)) + p for p in prompts], device=self.device)                # (B, T)
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         H = self.projector(self.encode(pixel_values)) if len(pixel_values) else ids.new_empty(0, 0, self.word_embeddings.shape[1]).float()
-        answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                    num_beams=1, use_cache=True, pad_token_id=self.pad_id, eos_token_id=self.tokenizer.eos_token_id)
+        greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=self.pad_id,
+                                  eos_token_id=self.tokenizer.eos_token_id)     # not the model's own, which may sample or penalise
+        answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, generation_config=greedy)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- backbones in
 
 def find_model(name: str, flag: str) -> str:
-    """A folder (as given, or inside this project) or a hub name -> what transformers loads. InputError: a path that is not there."""
-    for folder in (Path(name), ROOT / name):
-        if (folder / "config.json").is_file():
-            return str(folder)
+    """A folder or a hub name -> what transformers loads and a checkpoint remembers: a full path, or a path inside this project, which
+    is looked up there first, or the hub name. InputError: a path that is not there."""
+    if not Path(name).is_absolute() and (ROOT / name / "config.json").is_file():
+        return name
+    if (Path(name) / "config.json").is_file():
+        folder = Path(name).resolve()
+        return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{flag} {name}: no such model folder (with a config.json), nor a hub name such as openai/clip-vit-base-patch32")
     return name
 
 
-def load_backbone(auto, name: str, flag: str, dtype: torch.dtype) -> nn.Module:
+def located(name: str) -> str:
+    """What `find_model` returned, as transformers takes it: a path inside this project does not depend on the current folder."""
+    return str(ROOT / name) if (ROOT / name / "config.json").is_file() else name
+
+
+def load_backbone(auto, name: str, flag: str, **options):
     """`auto.from_pretrained` with a one-line error."""
     try:
-        AutoConfig.from_pretrained(name)
-        return auto.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"{flag} {name}: transformers cannot load it ({reason})") from None
+        return auto.from_pretrained(located(name), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{flag} {name}: {auto.__name__} cannot load it ({reason})") from None
 
 
 def read_processor(name: str) -> dict:
     """The image processor's plain settings (mean, std, size); reading them needs no torchvision, the processor itself does."""
     try:
-        return ImageProcessingMixin.get_image_processor_dict(name)[0]
+        return ImageProcessingMixin.get_image_processor_dict(located(name))[0]
     except OSError:
         raise InputError(f"--vision {name}: it has no preprocessor_config.json, which gives the mean and deviation of its pixels") from None
 
@@ -208,12 +220,12 @@ def read_checkpoint(path) -> dict:
         raise InputError(f"{path}: no such checkpoint file; torchrun pretrain.py writes one to runs/pretrain/ckpt.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, ValueError, KeyError):
+    except Exception:                                                 # whatever a file that we did not write makes torch raise
         raise InputError(f"{path}: not a checkpoint of this project (only tensors and plain values are read, a pickle that runs code is"
                          " refused unread)") from None
     if not isinstance(checkpoint, dict) or not {"stage", "config", "model", "metrics", "version"} <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of this project (it needs stage, config, model, metrics and version)")
-    if checkpoint["version"] > VERSION:
+    if not isinstance(checkpoint["version"], int) or checkpoint["version"] > VERSION:
         raise InputError(f"{path}: written by a newer version of this project (format {checkpoint['version']}, known up to {VERSION})")
     return checkpoint
 
@@ -226,7 +238,13 @@ def load_checkpoint(path, device="cpu", dtype: torch.dtype = torch.float32) -> t
     """
     checkpoint = read_checkpoint(path)
     model = PatchAlignedModel(checkpoint["config"], dtype)
-    own, saved = model.state_dict(), checkpoint["model"]
+    load_trained(model, checkpoint["model"], path)
+    return model.to(device), checkpoint
+
+
+def load_trained(model: PatchAlignedModel, saved: dict[str, torch.Tensor], path) -> None:
+    """Load what `trained_state` returned. InputError unless every tensor has its place and only frozen ones are missing."""
+    own = model.state_dict()
     for name, tensor in saved.items():
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "no such tensor"
@@ -236,4 +254,3 @@ def load_checkpoint(path, device="cpu", dtype: torch.dtype = torch.float32) -> t
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     if trained & set(missing):
         raise InputError(f"{path}: {', '.join(sorted(trained & set(missing)))} missing; the file is incomplete")
-    return model.to(device), checkpoint

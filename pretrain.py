@@ -9,6 +9,7 @@ reads:  records (data.py), the two backbones (Hugging Face folders or hub names)
 writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl (a line per logged step)
 """
 import dataclasses
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import runtime
 import toy
 from data import GEOMETRIES, IGNORE, PROMPTS, InputError, Records, StepSampler, collate, read_records
 from kernels.patch_loss import patch_loss
-from model import PatchAlignedModel, save_checkpoint
+from model import PatchAlignedModel, load_trained, save_checkpoint
 from projector import PROJECTORS
 
 # ------------------------------------------------------------------------------------------------------------------------- Args
@@ -106,10 +107,15 @@ def check(args: Args) -> Args:
     for name in ("tau", "coverage", "lr", "clip"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} is not above 0")
+    if args.coverage > 1:
+        raise InputError(f"--coverage {args.coverage} is a share of a patch, at most 1")
     if not args.data:
         for name in ("image_dir", "regions", "val_data"):
             if getattr(args, name):
                 raise InputError(f"--{name.replace('_', '-')} needs --data; without it the toy world is used")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            toy.ensure()
+        runtime.barrier()
         folder = toy.ensure()
         steps, batch_size = toy.PRETRAIN["steps"], toy.PRETRAIN["batch_size"]
         args = dataclasses.replace(
@@ -122,9 +128,10 @@ def check_temperature(args: Args, model: PatchAlignedModel) -> None:
     """Refuse a tau that the loss refuses, before the first step: it depends on the size of the vocabulary."""
     nothing = torch.zeros(1, 1, device=model.device)
     try:
-        patch_loss(model.word_embeddings[:1], model.word_embeddings, nothing.long(), nothing, args.tau)
+        if args.patch_loss == "softmax":
+            patch_loss(model.word_embeddings[:1], model.word_embeddings, nothing.long(), nothing, args.tau)
     except ValueError as error:
-        raise InputError(f"--{error}") from None
+        raise InputError("--" + str(error).split(", or impl=")[0]) from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------- data
@@ -160,7 +167,12 @@ def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device,
         totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens", "patch_loss", "patches")])
     runtime.all_sum([totals := totals.to(device)])
     caption, tokens, patch, patches = totals.tolist()
-    return dict(val_caption_loss=caption / max(tokens, 1), val_patch_loss=patch / max(patches, 1))
+    return dict(val_caption_loss=mean(caption, tokens), val_patch_loss=mean(patch, patches))
+
+
+def mean(total: float, count: float) -> float | None:
+    """Their quotient; None, not a perfect loss of 0, where nothing was counted."""
+    return total / count if count else None
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -195,11 +207,15 @@ def main(args: Args) -> None:
     first = 0
     if args.resume:
         first = resume(out / "resume.pt", args, model, optimizer)
+    elif rank == 0:
+        (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
     metrics = runtime.Metrics(out / "metrics.jsonl", first)
     shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
     index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
     batches = iter(make_loader(args, dataset, index_lists, model.pad_id, device))
-    runtime.log(f"{len(dataset)} records; {steps - first} steps of {args.batch_size} = {world} processes x {-(-share // micro)} x {micro}; "
+    annotated = sum(bool(r.get("regions")) for r in dataset.records)
+    runtime.log(f"{len(dataset)} records, {annotated} with regions; "
+                f"{steps - first} steps of {args.batch_size} = {world} processes x {-(-share // micro)} x {micro}; "
                 f"{model.grid[0]} x {model.grid[1]} patches; vocabulary {len(model.word_embeddings)}; "
                 f"{sum(p.numel() for p in parameters):,} trained parameters; {device.type}, {str(dtype).removeprefix('torch.')}; "
                 f"patch loss {args.patch_loss}, weight {args.patch_weight:g}, tau {args.tau:g}")
@@ -216,12 +232,12 @@ def main(args: Args) -> None:
         counts = torch.tensor([sum(int((b["labels"] != IGNORE).sum()) for b in accumulated),
                                sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated)], dtype=torch.float64, device=device)
         runtime.all_sum([counts])
-        tokens, patches = counts.clamp(min=1).tolist()
+        tokens, patches = counts.tolist()
         totals = torch.zeros(2, dtype=torch.float32, device=device)                                  # caption, patch: sums
         for batch in accumulated:
             with autocast:
                 sums = model(to_device(batch, device))
-            loss = sums["caption_loss"] / tokens + args.patch_weight * sums["patch_loss"] / patches
+            loss = sums["caption_loss"] / tokens + args.patch_weight * sums["patch_loss"] / max(patches, 1)
             loss.backward()
             totals += torch.stack([sums["caption_loss"].detach(), sums["patch_loss"].detach()])
         runtime.all_sum([p.grad for p in parameters] + [totals])                                     # sums, not means: counts are global
@@ -231,14 +247,14 @@ def main(args: Args) -> None:
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
-            caption, patch = totals[0].item() / tokens, totals[1].item() / patches
+            caption, patch = mean(totals[0].item(), tokens), mean(totals[1].item(), patches)
             metrics.write(done, caption_loss=caption, patch_loss=patch, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                           samples_per_second=(done - first) * args.batch_size / (time.time() - began))
-            progress.set_postfix(caption=f"{caption:.3f}", patch=f"{patch:.3f}")
+            progress.set_postfix(caption=caption, patch=patch)
         if validation and (done % val_every == 0 or done == steps):
             result = validate(model, validation, device, autocast)
             metrics.write(done, **result)
-            runtime.log(f"step {done}: validation caption loss {result['val_caption_loss']:.4f}, patch loss {result['val_patch_loss']:.4f}")
+            runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
         if done % args.save_every == 0 or done == steps:
             save_resume(out / "resume.pt", args, model, optimizer, done)
 
@@ -263,12 +279,15 @@ def resume(path: Path, args: Args, model: PatchAlignedModel, optimizer: torch.op
     """Load `save_resume`'s file into model and optimizer -> the step to go on from. InputError: no file, or other flags than then."""
     if not path.is_file():
         raise InputError(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                                                                # truncated or foreign
+        raise InputError(f"--resume: {path} cannot be read; start again without --resume") from None
     free = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "val_every"}                    # these change no result
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in free and getattr(args, k) != v]
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
     if changed:
         raise InputError(f"--resume: {path} was written with {', '.join(changed)}; use the same flags")
-    model.load_state_dict(state["model"], strict=False)
+    load_trained(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     runtime.log(f"resumed {path} at step {state['step']}")

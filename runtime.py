@@ -23,6 +23,14 @@ import torch.distributed as dist
 # ------------------------------------------------------------------------------------------------------------------------ flags
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error in place of the whole usage."""
+
+    def error(self, message: str):
+        """Print the line and exit with status 2."""
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def parse(cls, doc: str, argv: list[str] | None = None):
     """Command line -> instance of the dataclass `cls`: a flag per field, its default the field's, its help the string below the field.
 
@@ -32,7 +40,7 @@ def parse(cls, doc: str, argv: list[str] | None = None):
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     helps = {a.target.id: b.value.value for a, b in zip(body, body[1:])
              if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         text = helps.get(f.name, "")
@@ -85,7 +93,6 @@ def start(seed: int) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if world() > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
@@ -94,7 +101,13 @@ def start(seed: int) -> torch.device:
 
 def precision(device: torch.device) -> torch.dtype:
     """The dtype of the matrix products: bfloat16 on GPUs that have it, float32 elsewhere (on CPUs bfloat16 is slower)."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
 
 
 def all_sum(tensors: list[torch.Tensor]) -> None:
@@ -150,9 +163,10 @@ class Metrics:
         """`step`: lines of later steps, left by an interrupted run, are dropped; 0 starts the file anew."""
         self.path, self.began = Path(path), time.time()
         if rank() == 0:
-            kept = [s for s in self.path.read_text().splitlines() if json.loads(s)["step"] <= step] if step and self.path.exists() else []
+            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+            whole = [line for line in lines if line.endswith("}")]       # a killed process may leave half a line
             with atomic(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
     def write(self, step: int, **values: float) -> None:
         """Append one line; floats are kept to 6 significant digits."""
