@@ -104,6 +104,15 @@ def _parse_json(text, path, first_line):
 # -------------------------------------------------------------------------------------------------- images and geometry
 
 
+def image_path(record, image_dir, where):
+    """The file of a record's image. InputError for a path that leaves image_dir: by its name alone, since links that the user put into
+    the folder may lead anywhere, but a record may not."""
+    image = record["image"]
+    if not isinstance(image, str) or not image or PurePath(image).is_absolute() or ".." in PurePath(image).parts:
+        raise InputError(f"{where}: image {image!r} is not a path inside the image folder")
+    return Path(image_dir) / image
+
+
 def open_image(path, where):
     """The image at `path`, upright (EXIF orientation applied), as RGB. Transparent pixels show white, 16-bit grey is
     scaled to 8 bits. Region coordinates refer to this image. InputError: missing, truncated or not an image."""
@@ -499,8 +508,6 @@ def _segments(turns, tokenizer, prompt, where):
     segments = [([tokenizer.bos_token_id], False)] if begins else []
     end = ([tokenizer.eos_token_id], True)
     if prompt == "plain":
-        if len(turns) > 2:
-            raise InputError(f"{where}: --prompt plain takes one caption, not {len(turns) // 2} answers; use --prompt v1 or chat")
         segments += [(IMAGE_MARKER, False)]
         return segments + [segment for _, text in turns[1:] for segment in ((text, True), end)]
     opening = V1_SYSTEM + " "
@@ -555,7 +562,8 @@ def _encode_segments(segments, tokenizer, image_tokens):
 
 
 class Records(torch.utils.data.Dataset):
-    """Records as samples. All records are checked here, their image files opened (and may fail) in `__getitem__`.
+    """Records as samples. The form of all records is checked here; what needs the image (the file itself, regions within its bounds)
+    and what needs the tokens (something to learn within max_length) in `__getitem__`.
 
     image_dir: folder of the records' images; image_size: side of the encoder's input; grid: (rows, columns) of the
     patches after the projector; coverage: threshold of `patch_words`; source: the file's name, for messages.
@@ -571,6 +579,7 @@ class Records(torch.utils.data.Dataset):
         self.require_image, self.source = require_image, source
         self.tokens_of = {}                                         # word -> token ids, filled as words occur
         square_box((1, 1), geometry)                                # an unknown geometry is an error now, not in a worker
+        _segments([("user", "question"), ("assistant", "answer")], tokenizer, prompt, source)               # so is an unusable prompt
         if not records:
             raise InputError(f"{source}: holds no records")
         for index in range(len(records)):
@@ -588,9 +597,7 @@ class Records(torch.utils.data.Dataset):
         if image is None and (self.require_image or regions):
             raise InputError(f'{where}: "image" is missing' + ("" if self.require_image else ", which its regions are about"))
         if image is not None:
-            # By its name alone: links that the user put into the folder may lead anywhere, a record may not.
-            if not isinstance(image, str) or not image or PurePath(image).is_absolute() or ".." in PurePath(image).parts:
-                raise InputError(f"{where}: image {image!r} is not a path inside the image folder")
+            image_path(record, self.image_dir or "", where)
             if self.image_dir is None or not self.image_dir.is_dir():
                 raise InputError(f"{where}: --image-dir {self.image_dir} is not a folder, but the record has an image")
         if not isinstance(regions or [], list):
@@ -598,7 +605,9 @@ class Records(torch.utils.data.Dataset):
         for i, region in enumerate(regions or []):
             region_kind(region, f"{where}: regions[{i}]")
             region_phrase(region, f"{where}: regions[{i}]")
-        _check_turns(record.get("conversations"), image is not None, where)
+        turns = _check_turns(record.get("conversations"), image is not None, where)
+        if self.prompt == "plain" and len(turns) > 2:
+            raise InputError(f"{where}: --prompt plain takes one caption, not {len(turns) // 2} answers; use --prompt v1 or chat")
 
     def _lookup(self, word):
         if word not in self.tokens_of:
@@ -612,7 +621,7 @@ class Records(torch.utils.data.Dataset):
         record, where = self.records[index], self._where(index)
         pixel_values = patch_ids = patch_weights = None
         if record.get("image") is not None:
-            image = open_image(self.image_dir / record["image"], where)
+            image = open_image(image_path(record, self.image_dir, where), where)
             pixel_values = transform_image(image, self.image_size, self.geometry, self.mean, self.std)
             words = patch_words(record.get("regions") or [], image.size, self.geometry, self.grid, self.coverage, where)
             patch_ids, patch_weights = patch_targets(words, self._lookup)

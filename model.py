@@ -17,6 +17,7 @@ The one legend of symbols, used in all files:
     tau   temperature of the patch loss
 """
 import inspect
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,11 +26,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 from data import IGNORE, IMAGE_TOKEN, InputError
 from kernels.patch_loss import cosine_loss, patch_loss
 from projector import PROJECTORS, output_grid
 
+logging.disable_progress_bar()                                        # one bar at a time: the stage's own
 ROOT = Path(__file__).resolve().parent
 VERSION = 1                                                           # of the checkpoint format
 
@@ -219,7 +222,8 @@ def read_checkpoint(path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file; torchrun pretrain.py writes one to runs/pretrain/ckpt.pt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):                # the error says it all
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                                 # whatever a file that we did not write makes torch raise
         raise InputError(f"{path}: not a checkpoint of this project (only tensors and plain values are read, a pickle that runs code is"
                          " refused unread)") from None

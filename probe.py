@@ -243,10 +243,8 @@ def word_rows(tokenizer, w):
 
 def model_input(record, model, image_dir):
     """A record's image as the encoder's square input (3, S, S), and the list of words of each of its patches."""
-    where, path, c = f"record {record.get('id')}", Path(record["image"]), model.config
-    if path.is_absolute() or ".." in path.parts:
-        raise data.InputError(f"{where}: image {path} is not a path inside the image folder")
-    image = data.open_image(Path(image_dir) / path, where)
+    where, c = f"record {record.get('id')}", model.config
+    image = data.open_image(data.image_path(record, image_dir, where), where)
     pixels = data.transform_image(image, c["image_size"], c["geometry"], model.image_mean, model.image_std)
     return pixels, data.patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid, c["coverage"], where)
 
@@ -316,8 +314,8 @@ class Palette(dict):
 
     def __missing__(self, word):
         hue = len(self) * 0.618034 % 1
-        own = ImageColor.colormap.get(word)
-        self[word] = ImageColor.getrgb(own) if own else tuple(int(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.7, 0.95))
+        named = word in ImageColor.colormap
+        self[word] = ImageColor.getrgb(word) if named else tuple(int(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.7, 0.95))
         return self[word]
 
 
@@ -446,17 +444,17 @@ def spread(items, n):
 
 
 def outputs(checkpoints, out):
-    """Short distinct names of the checkpoints, and where the probe.json of each goes: never two to one file."""
+    """Short distinct names of the checkpoints, and where the probe.json of each goes: no two different ones to one file."""
     names = [Path(c).resolve().parent.name if Path(c).name == "ckpt.pt" else Path(c).stem for c in checkpoints]
     if len(set(names)) < len(names):
         names = [c.strip("./").replace("/", "-") for c in checkpoints]
-    folders = [Path(out or (c if Path(c).is_dir() else Path(c).parent if Path(c).exists() else "runs/probe")) for c in checkpoints]
+    folders = [Path(out or Path(c).parent) for c in checkpoints]
     return names, [f / (f"probe-{n}.json" if folders.count(f) > 1 else "probe.json") for f, n in zip(folders, names)]
 
 
 def probe(path, records, shown, image_dir, palette, args, device):
     """One checkpoint -> (its probe.json, its column of the picture). The model is freed on return."""
-    model, _ = load_checkpoint(path, device)
+    model, _ = load_checkpoint(path, device, runtime.precision(device))
     model.eval()
     z, h, words = collect(model, records, image_dir, args.batch_size)
     result = {"checkpoint": str(path)} | analyse(model, z, h, words, args)

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ class Args:
     """folder to write"""
     train_backbones: bool = False
     """train the tokenizer, the vision encoder and the language model from scratch instead of writing the data"""
-    part: str = "all"
+    part: str = field(default="all", metadata={"choices": ["all", "vision", "llm"]})
     """with --train-backbones: all, vision or llm"""
     vision_steps: int = 1400
     """contrastive steps of 128 images, their captions and as many near misses"""

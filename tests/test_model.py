@@ -137,7 +137,7 @@ def test_foreign_and_unfitting_checkpoints(model, tmp_path, monkeypatch):
     small = dict(whole["model"], **{"projector.0.weight": torch.zeros(192, 64)})
     for state, message in ((small, r"projector.0.weight \(192, 64\) does not fit .*\(192, 128\)"),
                            ({k: v for k, v in whole["model"].items() if k != "projector.2.bias"}, "projector.2.bias missing"),
-                           (dict(whole["model"], other=torch.zeros(1)), "other .* no such tensor")):
+                           (dict(whole["model"], other=torch.zeros(1)), "other .*no such tensor")):
         torch.save(dict(whole, model=state), path)
         with pytest.raises(InputError, match=message):
             load_checkpoint(path)
@@ -149,7 +149,8 @@ def test_foreign_and_unfitting_checkpoints(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, message", [
     ({"vision": "no/such/folder"}, "--vision no/such/folder: no such model folder"),
     ({"llm": "./backbones"}, "--llm ./backbones: no such model folder"),
-    ({"vision": str(toy.LLM)}, "preprocessor_config"),
+    ({"vision": str(toy.LLM)}, "a llama has no square patches"),
+    ({"feature_layer": 6}, "--feature-layer 6: the encoder has 5 hidden states"),
     ({"image_size": 100}, "--image-size 100 is not a multiple of the encoder's patch size 12"),
 ])
 def test_unusable_backbones(change, message):

@@ -251,7 +251,7 @@ def test_words_of_the_dictionary():
 
 def run(tmp_path, monkeypatch, regions=True, **flags):
     write_data(tmp_path, regions)
-    monkeypatch.setattr(probe, "load_checkpoint", lambda path, device: (Model(), {"stage": "pretrain"}))
+    monkeypatch.setattr(probe, "load_checkpoint", lambda path, device, dtype: (Model(), {"stage": "pretrain"}))
     checkpoints = [tmp_path / name / "ckpt.pt" for name in ("plain", "labelled")]
     for path in checkpoints:
         path.parent.mkdir()
@@ -272,7 +272,7 @@ def test_main_writes_the_agreed_keys_the_picture_and_the_table(tmp_path, monkeyp
         assert image.size == (3 * probe.PANEL + 4 * probe.GAP, probe.PANEL + 4 * probe.LINE + 2 * probe.GAP)
     printed = capsys.readouterr().out.strip().splitlines()
     assert "plain" in printed[0] and "labelled" in printed[0] and "chance" in "".join(printed)
-    assert "probe.png" in printed[-1] and printed[-1].endswith(f"torchrun sft.py {tmp_path}/labelled/ckpt.pt")
+    assert "probe.png" in printed[-1] and printed[-1].endswith(f"next: look at {tmp_path}/plain/probe.png")
 
 
 def test_main_without_regions_reports_entropy_alone(tmp_path, monkeypatch):
