@@ -57,7 +57,7 @@ def test_an_error_in_mid_run_loses_nothing_and_resuming_is_not_noticeable(run, f
     """An image of the fifth step is broken: one line, and resume.pt of step 3 stays. Mended and resumed, the run ends as if unstopped."""
     images = tmp_path / "images"
     shutil.copytree(world / "images", images)
-    name = read_records(world / "train.jsonl")[StepSampler(24, 8, 0).indices(4)[2]]["image"]
+    name = read_records(world / "train.jsonl")[StepSampler(48, 8, 0).indices(4)[2]]["image"]
     whole = (images / name).read_bytes()
     (images / name).write_bytes(whole[:700])
     arguments = [*flags, "--image-dir", images, "--out", tmp_path / "run"]

@@ -73,7 +73,7 @@ def test_expressions_and_captions():
 def test_built_folder(world):
     """Records are readable by data.py, boxes enclose masks, splits share no scene, and a second build is the same."""
     captions = {}
-    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+    for split, count in (("train", 48), ("val", 6), ("test", 6)):
         records = data.read_records(world / f"{split}.jsonl")
         masks = {r["image"]: [data.decode_rle(g["rle"]) for g in r["regions"]] for r in records}
         captions[split] = {json.dumps(r["regions"]) for r in records}
