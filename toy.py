@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
 VERSION = 1                                        # of the data: a folder of another version is rebuilt
 SPLITS = {"train": 4096, "val": 256, "test": 300}  # images
-PRETRAIN = {"steps": 300, "batch_size": 32}       # of pretrain.py when it is started without --data
+PRETRAIN = {"steps": 500, "batch_size": 32}       # of pretrain.py when it is started without --data
 SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "backbones": 1 << 26, "backbones_test": 1 << 27}  # scene i of a split: seed + i
 
 
