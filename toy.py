@@ -31,6 +31,7 @@ import data
 import runtime
 
 ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data" / "toy"
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
 VERSION = 1                                        # of the data: a folder of another version is rebuilt
 SPLITS = {"train": 4096, "val": 256, "test": 300}  # images
@@ -42,8 +43,8 @@ SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "backbones": 1 << 26, "bac
 class Args:
     """Flags of toy.py."""
 
-    out: str = "data/toy"
-    """folder to write"""
+    out: str = ""
+    """folder to write; none: data/toy of this project, where the stages look for it"""
     train_backbones: bool = False
     """train the tokenizer, the vision encoder and the language model from scratch instead of writing the data"""
     part: str = field(default="all", metadata={"choices": ["all", "vision", "llm"]})
@@ -365,7 +366,7 @@ def clear(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def ensure(folder: Path = ROOT / "data" / "toy") -> Path:
+def ensure(folder: Path = DATA) -> Path:
     """The data folder, built first when it is missing or of another version."""
     version = folder / "version"
     if not version.exists() or version.read_text() != str(VERSION):
@@ -557,9 +558,10 @@ def train_llm(tokenizer, steps: int) -> dict:
 def main(args: Args) -> None:
     """Write the data, or train the backbones."""
     if not args.train_backbones:
-        clear(Path(args.out))
-        build(Path(args.out))
-        print(f"wrote {args.out}; next: torchrun pretrain.py")
+        folder = Path(args.out) if args.out else DATA
+        clear(folder)
+        build(folder)
+        print(f"wrote {folder}; next: torchrun pretrain.py")
         return
     tokenizer, reached = train_tokenizer(), {}
     if args.part in ("all", "vision"):
