@@ -46,7 +46,9 @@ def test_splice_places_rows_exactly(model):
 def test_losses_are_sums_by_definition(model, batch):
     """forward's four numbers against a plain computation, sample by sample, with the full logits and similarities."""
     sums = model(batch)
-    caption = patch = 0.0
+    model.config["patch_loss"] = "cosine"
+    pull = model(batch)["patch_loss"]
+    caption = patch = towards = 0.0
     H = model.projector(model.encode(batch["pixel_values"]))
     cosine = F.normalize(H, dim=-1) @ F.normalize(model.word_embeddings, dim=-1).T
     for i in range(5):
@@ -58,7 +60,9 @@ def test_losses_are_sums_by_definition(model, batch):
         for p in range(64):
             for token, weight in zip(batch["patch_ids"][i, p], batch["patch_weights"][i, p]):
                 patch -= weight * (cosine[i, p] / 0.07).log_softmax(-1)[token]
+                towards += weight * cosine[i, p, token]
     assert torch.allclose(sums["caption_loss"], caption, rtol=1e-4) and torch.allclose(sums["patch_loss"], patch, rtol=1e-4)
+    assert torch.allclose(pull, sums["patches"] - towards, rtol=1e-4)
     assert sums["caption_tokens"] == (batch["labels"] != IGNORE).sum()
     assert sums["patches"] == (batch["patch_weights"].sum(-1) > 0).sum() > 200
 
