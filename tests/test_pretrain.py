@@ -18,7 +18,7 @@ from model import read_checkpoint
 def flags(world):
     """A short run on the small world; later flags override earlier ones."""
     return ["--data", world / "train.jsonl", "--image-dir", world / "images", "--val-data", world / "val.jsonl", "--batch-size", 8,
-            "--steps", 6, "--log-every", 1, "--save-every", 3]
+            "--steps", 6, "--log-every", 1, "--save-every", 3, "--patch-weight", 1]
 
 
 def log(folder, key="caption_loss"):
