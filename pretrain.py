@@ -9,6 +9,7 @@ reads:  records (data.py), the two backbones (Hugging Face folders or hub names)
 writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl (a line per logged step)
 """
 import dataclasses
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class Args:
     clip: float = 1.0
     """largest norm of the gradient"""
     val_every: int = 0
-    """steps between validations; 0: five in all"""
+    """steps between validations; 0: about five in all"""
     save_every: int = 200
     """steps between writes of resume.pt"""
     log_every: int = 10
@@ -139,15 +140,15 @@ def check_temperature(args: Args, model: PatchAlignedModel) -> None:
 def make_dataset(args: Args, model: PatchAlignedModel, path: str, regions: str = "") -> Records:
     """The records of a file, as this model's encoder, grid and tokenizer need them."""
     return Records(read_records(path, regions or None), args.image_dir, model.tokenizer, image_size=model.config["image_size"],
-                        geometry=args.geometry, grid=model.grid, mean=model.image_mean, std=model.image_std, prompt=args.prompt,
-                        max_length=args.max_length, coverage=args.coverage, source=path)
+                   geometry=args.geometry, grid=model.grid, mean=model.image_mean, std=model.image_std, prompt=args.prompt,
+                   max_length=args.max_length, coverage=args.coverage, source=path)
 
 
 def make_loader(args: Args, dataset: Records, index_lists, pad_id: int, device: torch.device) -> DataLoader:
     """Batches of the given lists of record indices, in order."""
     workers = args.workers if args.workers >= 0 else 4 if device.type == "cuda" else 0
-    return DataLoader(dataset, batch_sampler=index_lists, collate_fn=lambda samples: collate(samples, pad_id), num_workers=workers,
-                      pin_memory=device.type == "cuda")
+    return DataLoader(dataset, batch_sampler=index_lists, collate_fn=functools.partial(collate, pad_id=pad_id),
+                      num_workers=workers, pin_memory=device.type == "cuda")
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
