@@ -512,8 +512,8 @@ def train_llm(tokenizer, steps: int) -> dict:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, initializer_range=0.07))
-    with torch.no_grad():                                                # large against what the blocks add: else, at this width, the
-        model.get_input_embeddings().weight.mul_(10)                     # words drown and it takes ten times longer to learn to look up
+    with torch.no_grad():                                                # large against what the blocks add, so that at this width the
+        model.get_input_embeddings().weight.mul_(10)                     # words do not drown; early trials learnt faster with it
 
     def encode(samples):
         """Token ids (B, T), padded with 0, and the kind of every token's segment."""
