@@ -9,9 +9,12 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -41,8 +44,26 @@ def noted(row: dict):
         torch.cuda.empty_cache()
 
 
-def peak_memory(call) -> int:
-    """Peak bytes during the call, above what was there before: the allocator's on a GPU, resident memory on a CPU (Linux)."""
+@contextlib.contextmanager
+def poisoned_memory():
+    """Uninitialised memory holds NaN: on a GPU by filling what the allocator will hand out next, on a CPU by torch's own switch."""
+    if CUDA:
+        torch.cuda.empty_cache()
+        sizes = [2**19] * 64 + [min(24 * 2**30, torch.cuda.mem_get_info()[0] // 2)]          # small blocks come from a pool of their own
+        filled = [torch.full((size // 4,), math.nan, device=DEVICE) for size in sizes]
+        del filled
+        yield
+        return
+    with warnings.catch_warnings(action="ignore"):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def peak_memory(call) -> int | None:
+    """Peak bytes during the call, above what was there before: the allocator's on a GPU, resident memory on a CPU (None: not Linux)."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -52,11 +73,26 @@ def peak_memory(call) -> int:
     def resident(key):
         return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
-    ctypes.CDLL(None).malloc_trim(0)                           # freed memory goes back, so that nobody lives on what others left
+    if sys.platform != "linux":
+        return None
     Path("/proc/self/clear_refs").write_text("5")              # the peak restarts at what is resident now
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
+
+
+def start_process(threads: int) -> None:
+    """As many threads as here; freed memory of 64 kB or more goes back at once, so that what is resident is what is in use."""
+    torch.set_num_threads(threads)
+    with contextlib.suppress(AttributeError, OSError, TypeError):        # mallopt(M_MMAP_THRESHOLD, ...) is the GNU C library's
+        ctypes.CDLL(None).mallopt(-3, 2**16)
+
+
+def in_own_process(function, *arguments):
+    """The function's result from a new process."""
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, context, initializer=start_process, initargs=(threads,)) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @cache
@@ -126,6 +162,27 @@ def key(row: dict, source: bool) -> str:
     return json.dumps([row["device"], row["case"], row["provider"], row["setting"], source and row["patch_loss"]])
 
 
+class Rows:
+    """OUT/rows.jsonl, a line per row."""
+
+    def __init__(self, out: Path, here: dict):
+        """`here`: what `machine` returned, whose line stands before the new rows."""
+        self.path, self.stamp = out / "rows.jsonl", {name: here[name] for name in ("device", "patch_loss")}
+        rows = read_rows(self.path)
+        self.known = {key(row, source=True) for row in rows if "case" in row}
+        with runtime.atomic(self.path) as temporary:           # rewritten, without half a line at its end
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in [*rows, here]))
+
+    def lacks(self, case: dict, provider: str, setting: str) -> bool:
+        """Whether this is still to be measured."""
+        return key(self.stamp | dict(case=case, provider=provider, setting=setting), source=True) not in self.known
+
+    def write(self, row: dict) -> None:
+        """Append a row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.stamp | row) + "\n")
+
+
 def title(case: dict) -> str:
     """A case in words."""
     return ", ".join(f"{name.upper() if name in 'vk' else name} {value}" for name, value in case.items() if value != "")
@@ -174,6 +231,8 @@ def table(rows: list[dict]) -> str:
             first, again = r.get("time_ms") or [[None] * 3] * 2
             ms, memory, unit_w = first[0], r.get("memory_bytes"), r.get("unit_w_bytes")
             note = r["error"] or {True: "passed", False: f"FAILED gate {r.get('gate')}"}.get(r.get("passed"), "")
+            if "images" in r and ms:
+                note = f"{r['images']} images, {r['tokens']} tokens"
             if r["provider"] == "torch.mm" and ms:
                 flops = (4 if about["run"] == BOTH else 2) * about["n"] * about["labelled"] * about["v"] * about["d"]
                 note = f"{flops / ms / 1e9:.3g} TFLOP/s"
