@@ -266,9 +266,10 @@ def panel(draw, box, caption, lines, colours, font):
     for name, line in lines.items():
         points = [at(*p) for p in line]
         draw.line(points, colours[name], 5)
-        for (size, _), (x, y) in zip(line, points):
+        for x, y in points:
             draw.ellipse((x - 7, y - 7, x + 7, y + 7), colours[name])
-            draw.text((x, y1 + 10), f"{size}", INK, font, anchor="mt")
+    for x in {x for line in lines.values() for x, _ in line}:
+        draw.text((at(x, 1)[0], y1 + 10), f"{x}", INK, font, anchor="mt")
 
 
 def picture(rows: list[dict]) -> Image.Image | None:
