@@ -45,6 +45,7 @@ from data import IGNORE, IMAGE_TOKEN, InputError  # noqa: E402
 from kernels.measure import BOTH, CUDA, DEVICE, Rows, in_own_process, machine, noted, peak_memory, poisoned_memory, report, time_all, title  # noqa: E402
 from kernels.patch_loss import IMPLEMENTATIONS, compute_dtype, labelled_rows, patch_loss, patch_loss_ref_grad  # noqa: E402
 
+ANYWHERE = ("chunked", "reference")                            # ours without kernels: all that a CPU has; on a GPU only at small shapes
 GATES = {"bfloat16": 5e-3, "float32": 1e-5}                    # largest error of ours, by the lower precision of h and w
 
 # ------------------------------------------------------------------------------------------------------------- cases and inputs
@@ -235,7 +236,7 @@ def providers(case: Case) -> list[Provider]:
     def family(name, form, function, option, values):          # a provider per value, its default first
         return [Provider(name, f"{option}={v}" * (j > 0), form(partial(function, **{option: v}))) for j, v in enumerate(values)]
 
-    slow = {"chunked", "reference"} if CUDA and case.n * case.v > 4608 * 32003 else set()    # float32 products: one shape is enough
+    impls = [i for i in IMPLEMENTATIONS if i not in ANYWHERE or case.n * case.v <= 4608 * 32003] if CUDA else ANYWHERE
     liger = partial(imported, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     cut = partial(imported, "cut_cross_entropy", "linear_cross_entropy")
     peers = [Provider("naive", "", plain(definition))]
@@ -247,8 +248,7 @@ def providers(case: Case) -> list[Provider]:
     peers += family("F.linear_cross_entropy", single_target, torch_chunked, "rows", (None, *(r for r in (256, 1024, 4096) if r < case.n)))
     if case.labelled < 1:
         peers += [p._replace(name=p.name + ", compacted", loss=compacted(p.loss)) for p in peers]
-    mine = [Provider(f"ours: {impl}", "", ours(impl), False) for impl in IMPLEMENTATIONS if impl not in slow]
-    return [*mine, *peers, Provider("torch.mm", "", bare_products, False)]
+    return [*(Provider(f"ours: {impl}", "", ours(impl), False) for impl in impls), *peers, Provider("torch.mm", "", bare_products, False)]
 
 
 # ------------------------------------------------------------------------------------------------------- error, memory and time
@@ -431,7 +431,7 @@ def measure_all(jobs: list[Case], args: Args) -> None:
     """What is not in rows.jsonl yet, job by job, as far as the budget goes."""
     rows, repeats = Rows(Path(args.out), machine(ROOT / "kernels" / "patch_loss.py")), args.repeats or (50 if CUDA else 7)
     jobs = [*jobs[:10], *["7b"] * (CUDA and not args.shapes), *jobs[10:]]                    # the training step after the main shapes
-    began, longest = time.time(), 0.0
+    began, longest = time.time(), 60.0 * CUDA                  # the first case's length is not known yet
     for i, job in enumerate(jobs):
         case, everyone = ({"step": job}, STEP) if job in SIZES else (dataclasses.asdict(job), providers(job))
         wanted = [p for p in everyone if rows.lacks(case, p.name, p.setting)]
