@@ -281,8 +281,8 @@ def patch_loss_chunked(h, w, ids, weights, tau):
 # count have nothing to do. Nothing here may read a tensor on the host, or boolean-index with one.
 #
 # Scratch. R rows of x and E: the most that fit into FUSED_SCRATCH_BYTES, but no more than give one tile of product 2 to each
-# multiprocessor: at D = 4096 on 132 of them 1024 rows, 75 MB at V = 32000, 325 MB at V = 151936. Besides 12 bytes per row of h, and
-# the gradient.
+# multiprocessor: at D = 4096 on 132 of them 1024 rows, 75 MB at V = 32000, 325 MB at V = 151936, whatever n is. Besides 12 bytes per
+# row of h and 4 per word, and the gradient.
 
 jit = triton.jit if triton else lambda function: function      # without Triton the kernels are plain functions that nobody calls
 
@@ -385,7 +385,7 @@ def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse,
         target += share * c
         if GRAD:
             y = tl.sum(tl.where(b_ids == token, b_shares, 0.0), 0)                   # a repeated token: all of its shares
-            entry = (tl.exp2(c * log2_per_cosine) - y * z) * word_inverse * tl.load(unit)
+            entry = (tl.exp2(c * log2_per_cosine) - y * z) * (word_inverse * tl.load(unit))
             tl.store(e + i_row.to(tl.int64) * stride_e + token, entry.to(e.dtype.element_ty), mask=share != 0)
     tl.store(loss + first + i_row, tl.log(z) - target * per_tau)
     if GRAD:
@@ -444,7 +444,7 @@ def exp_kernel(dots, e, x_inverse, w_inverse, unit, z_part, q_part, count, first
         z += p
         if GRAD:
             q += p * c
-            b_e = p * b_inverse * tl.load(unit)
+            b_e = p * (b_inverse * tl.load(unit))
             tl.store(e + i_row.to(tl.int64) * stride_e + o_word, b_e.to(e.dtype.element_ty), mask=m_word)
     tl.store(z_part + i_row, tl.sum(z, 0))
     if GRAD:

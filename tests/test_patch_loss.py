@@ -25,22 +25,22 @@ def small_poisoned_blocks(monkeypatch):
     assert module.block_sizes(D, V, 8) == (6, 13)                        # 9 chunks, 17 tiles; the last of each is short
 
 
-def problem(k=5, seed=0, dtype=torch.float64):
+def problem(k=5, seed=0, dtype=torch.float64, n=N, d=D, v=V):
     """h, w, ids, weights with every irregularity: unlabelled rows, padding, repeated tokens, a zero word, lengths from 1e-3 to 1e3."""
     torch.manual_seed(seed)
-    h = torch.randn(N, D, dtype=torch.float64) * torch.logspace(-3, 3, N, dtype=torch.float64)[:, None]
-    w = torch.randn(V, D, dtype=torch.float64) * 0.02 + 0.01
+    h = torch.randn(n, d, dtype=torch.float64) * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None]
+    w = torch.randn(v, d, dtype=torch.float64) * 0.02 + 0.01
     w[17] = 0
     h[:20] += 60 * h[:20].norm(dim=1, keepdim=True) * w[1:21]            # some patches are near words, as after training
-    ids = torch.randint(V, (N, k))
-    weights = torch.rand(N, k, dtype=torch.float64)
+    ids = torch.randint(v, (n, k))
+    weights = torch.rand(n, k, dtype=torch.float64)
     ids[3, -1] = ids[3, 0]                                               # a repeated token
     ids[5, 0] = 17                                                       # the zero word as a target
     if k > 1:
         weights[::4, 1] = 0
         ids[::4, 1] = -100                                               # padding may hold anything
     weights /= weights.sum(dim=1, keepdim=True)
-    weights[[0, 7, 8, N - 1]] = 0                                        # unlabelled
+    weights[[0, 7, 8, n - 1]] = 0                                        # unlabelled
     weights[9] *= 1.7                                                    # a row need not sum to 1
     return h.to(dtype), w.to(dtype), ids, weights
 
