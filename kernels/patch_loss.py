@@ -66,7 +66,7 @@ SHORTEST = 1e-12                # norm below which a row has no direction: its c
 SCRATCH_BYTES = 64 * 2**20      # working memory of the chunked path, beside the gradient that it returns
 LARGEST_TILE = 4096             # words per tile: smaller ones cost calls, larger ones leave less room for rows
 FUSED_SCRATCH_BYTES = 320 * 2**20   # the same of the fused path: what 1024 rows at D = 4096, V = 151936 need in bfloat16
-FASTEST_ON_GPU = "triton"       # the default there
+FASTEST_ON_GPU = "triton"       # the default there; not measured yet, "cublas" is the other candidate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,12 +536,12 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
     e_dtype = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-    first_tile, second_tile, tma, programs = launch_plan(w)
-    BM, BN, BK = first_tile[:3]
+    tile, second, tma, programs = launch_plan(w)
+    BM, BN, BK = tile.BM, tile.BN, tile.BK
     parts = 1 if cublas else triton.cdiv(v, BN)
     stride_x, stride_e = triton.cdiv(d, BK) * BK, triton.cdiv(v, BN) * BN
     bytes_per_row = stride_x * w.itemsize + need_grad * stride_e * e_dtype.itemsize + 8 * parts + cublas * 4 * v
-    row_tiles = min(FUSED_SCRATCH_BYTES // (BM * bytes_per_row), programs // triton.cdiv(d, second_tile.BN), triton.cdiv(n, BM))
+    row_tiles = min(FUSED_SCRATCH_BYTES // (BM * bytes_per_row), programs // triton.cdiv(d, second.BN), triton.cdiv(n, BM))
     R = BM * max(1, row_tiles)
 
     def numbers(*shape, dtype=torch.float32):
@@ -576,7 +576,7 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
                 scores_kernel[(programs,)](
                     tiles(x, BM, BK), tiles(w, BN, BK), tiles(e, BM, BN), x_inverse, w_inverse, unit, z_part, q_part, count, first,
                     R, v, d, w.stride(0), log2_per_cosine, BM=BM, BN=BN, BK=BK, GRAD=need_grad, TMA=tma, PRECISION=precision,
-                    num_warps=first_tile.warps, num_stages=first_tile.stages)
+                    num_warps=tile.warps, num_stages=tile.stages)
             finish_kernel[rows](x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse, unit, z_part, q_part, scale, along, loss,
                                 count, first, R, d, k, stride_x, w.stride(0), stride_e, parts, per_tau, log2_per_cosine,
                                 BLOCK=block_d, BLOCK_K=block_k, BLOCK_PARTS=block_parts, GRAD=need_grad)
@@ -584,11 +584,10 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
                 attended = cublas_product(e[:, :v], w.to(e_dtype))       # (R, D)
                 project_kernel[rows](attended, x, grad, order, scale, along, count, first, d, stride_x, BLOCK=block_d)
             elif need_grad:
-                BM, BN2, BK2 = second_tile[:3]
                 gradient_kernel[(programs,)](
-                    tiles(e, BM, BK2), tiles(w, BK2, BN2), grad, order, x, scale, along, count, first, R, v, d, w.stride(0), stride_x,
-                    stride_e, BM=BM, BN=BN2, BK=BK2, TMA=tma, PRECISION="tf32" if w.dtype == torch.float16 else precision,
-                    num_warps=second_tile.warps, num_stages=second_tile.stages)
+                    tiles(e, BM, second.BK), tiles(w, second.BK, second.BN), grad, order, x, scale, along, count, first,
+                    R, v, d, w.stride(0), stride_x, stride_e, BM=BM, BN=second.BN, BK=second.BK, TMA=tma,
+                    PRECISION="tf32" if w.dtype == torch.float16 else precision, num_warps=second.warps, num_stages=second.stages)
     return loss.sum(), grad
 
 

@@ -1,6 +1,9 @@
 """The patch loss against float64, in ragged chunks and tiles: no size below is a multiple of a chunk, a tile, or another size."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import patch_loss as module
 from kernels.patch_loss import cosine_loss, patch_loss, patch_loss_ref_grad
 
+ROOT = Path(__file__).resolve().parent.parent
 N, D, V = 53, 37, 211
 TAU = 0.07
 
@@ -196,6 +200,20 @@ def test_bad_arguments_are_named():
             patch_loss(h, w, wrong, weights, TAU)
     with pytest.raises(ValueError, match="^impl: .*chunked, reference"):
         patch_loss(h, w, ids, weights, TAU, impl="fast")
+    with pytest.raises(ValueError, match="^impl: 'triton' and 'cublas' need .*chunked'$"):     # a GPU, or Triton at all
+        patch_loss(h, w, ids, weights, TAU, impl="triton")
+
+
+def test_triton_is_optional():
+    """Builds of torch for CPUs come without it."""
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "import torch; from kernels.patch_loss import patch_loss\n"
+            "x = torch.eye(3); ids = torch.arange(3)[:, None]\n"
+            "print(patch_loss(x, x, ids, x[:, :1], 1.0)[0].item())\n"
+            "patch_loss(x, x, ids, x[:, :1], 1.0, impl='triton')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(math.log(math.e + 2) - 1, rel=1e-6)
+    assert done.stderr.endswith("ValueError: impl: 'triton' and 'cublas' need the package triton; use impl='chunked'\n")
 
 
 def test_cosine_loss():

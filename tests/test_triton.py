@@ -80,13 +80,15 @@ def right_bfloat16(monkeypatch):
 
 
 def fused_problem(k, d, h_dtype=F32, w_dtype=F32):
-    """problem() on the device; more than half of its rows unlabelled and NaN, so that a whole chunk lies beyond the labelled ones."""
+    """problem() on the device, h by columns, w with a margin of NaN. So many rows are unlabelled, and NaN, that a whole chunk lies beyond
+    the labelled ones."""
     h, w, ids, weights = problem(k, n=N, d=d, v=V)
     weights[N // 2 + 2:-7] = 0
     if h_dtype == F16:
         h = F.normalize(h) * 3                                           # no room for six orders of magnitude
     h[~weights.any(dim=1)] = math.nan                                    # whoever reads these shows it
-    return h.to(DEVICE, h_dtype), w.to(DEVICE, w_dtype), ids.clamp_min(0).to(DEVICE), weights.to(DEVICE)
+    h, w = h.T.contiguous().T.to(DEVICE, h_dtype), F.pad(w, (0, 8), value=math.nan).to(DEVICE, w_dtype)[:, :d]
+    return h, w, ids.clamp_min(0).to(DEVICE), weights.to(DEVICE)
 
 
 def true(h, w, ids, weights, tau):
@@ -171,7 +173,7 @@ def test_ids_outside_the_vocabulary_become_nan():
 
 
 @needs_numbers
-def test_without_gradient_there_is_one_product(small_poisoned_chunks, monkeypatch):
+def test_without_gradient_nothing_is_made_for_it(small_poisoned_chunks, monkeypatch):
     arguments = fused_problem(5, ALIGNED)
     loss, _, _ = with_grad(*arguments, TAU, impl="triton")
     shapes, empty = [], torch.empty
@@ -180,6 +182,21 @@ def test_without_gradient_there_is_one_product(small_poisoned_chunks, monkeypatc
     without, _ = patch_loss(*arguments, TAU, impl="triton")
     assert without == loss and not without.requires_grad
     assert shapes and all(shape[-1] < V for shape in shapes)             # no E
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's dots")
+def test_unlabelled_rows_cost_nothing(small_poisoned_chunks, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+    dot, calls = InterpreterBuilder.create_dot, []
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *arguments: calls.append(0) or dot(*arguments))
+    arguments = fused_problem(1, RAGGED)
+    labelled = int(arguments[3].any(dim=1).sum())
+    first, second = TILES["interpreter", F32]
+    row_tiles, in_all = triton.cdiv(labelled, first.BM), triton.cdiv(N, first.BM)
+    one = triton.cdiv(V, first.BN) * triton.cdiv(RAGGED, first.BK)
+    two = triton.cdiv(RAGGED, second.BN) * triton.cdiv(V, second.BK)
+    with_grad(*arguments, TAU, impl="triton")
+    assert row_tiles < in_all and len(calls) == row_tiles * (one + two)
 
 
 @needs_gpu
