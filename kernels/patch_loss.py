@@ -43,7 +43,7 @@ it is copied (and raised to float32) anyway. The Triton kernels multiply by the 
 multiplication per score, see there.
 
 Where to read on: the reference is the definition in ten lines; the chunked path is the same with bounded memory, for CPUs; the
-fused path is the one for GPUs. All return the same numbers.
+fused path is the one for GPUs. All return the same numbers, up to rounding.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ except ImportError:                                     # builds of torch for CP
 SHORTEST = 1e-12                # norm below which a row has no direction: its cosines are 0, and it gets no gradient
 SCRATCH_BYTES = 64 * 2**20      # working memory of the chunked path, beside the gradient that it returns
 LARGEST_TILE = 4096             # words per tile: smaller ones cost calls, larger ones leave less room for rows
-FUSED_SCRATCH_BYTES = 320 * 2**20   # the same of the fused path: what 1024 rows at D = 4096, V = 151936 need in bfloat16
+FUSED_SCRATCH = 320 * 2**20     # the same in the fused path, in bytes: what 1024 rows at D = 4096, V = 151936 need in bfloat16
 FASTEST_ON_GPU = "triton"       # the default there; not measured yet, "cublas" is the other candidate
 
 
@@ -247,7 +247,7 @@ def patch_loss_chunked(h, w, ids, weights, tau):
 #         gather:     x = h[order[chunk]], 1 / |h|            # a program per row
 #         scores:     for each (row tile i, word tile j):     # product 1
 #                         c = (x_i w_j^T) / |h| / |w|         # sum over D in steps of BK
-#                         p = exp(c / tau)
+#                         p = exp(c / tau)                    # p is not yet divided by Z here
 #                         E[i, j] = p unit / |w|              # only if a gradient is wanted
 #                         z_part[j, i], q_part[j, i] = row sums of p and of p c
 #         finish:     Z, Q = sums of the parts over j         # a program per row
@@ -280,7 +280,7 @@ def patch_loss_chunked(h, w, ids, weights, tau):
 # No waiting. The count of labelled patches stays on the GPU: the host launches for n rows, and programs whose rows lie beyond the
 # count have nothing to do. Nothing here may read a tensor on the host, or boolean-index with one.
 #
-# Scratch. R rows of x and E: the most that fit into FUSED_SCRATCH_BYTES, but no more than give one tile of product 2 to each
+# Scratch. R rows of x and E: the most that fit into FUSED_SCRATCH, but no more than give one tile of product 2 to each
 # multiprocessor: at D = 4096 on 132 of them 1024 rows, 75 MB at V = 32000, 325 MB at V = 151936, whatever n is. Besides 12 bytes per
 # row of h and 4 per word, and the gradient.
 
@@ -326,8 +326,9 @@ def gather_kernel(h, order, count, x, x_inverse, h_inverse, first, D, stride_row
 def scores_kernel(x, w, e, x_inverse, w_inverse, unit, z_part, q_part, count, first, R, V, D, stride_w, log2_per_cosine,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GRAD: tl.constexpr, TMA: tl.constexpr,
                   PRECISION: tl.constexpr):
-    """Product 1 and its epilogue. Programs take tiles in turn, the rows fastest, so that those at work at a time share words. Whole tiles
-    fit into x (R, multiple of BK), e (R, multiple of BN) and w_inverse (multiple of BN,). Parts (word tiles, R)."""
+    """Product 1 and its epilogue. Programs take tiles in turn, the rows fastest, so that those at work at a time share words; flattened,
+    the two loops let the copy engine fetch for the next tile during the epilogue of this one. Whole tiles fit into x (R, multiple of
+    BK), e (R, multiple of BN) and w_inverse (multiple of BN,). Parts (word tiles, R)."""
     row_tiles = tl.cdiv(tl.minimum(tl.load(count).to(tl.int32) - first, R), BM)      # none if the chunk lies beyond the count
     tiles = row_tiles * tl.cdiv(V, BN)
     width = tl.cdiv(D, BK) * BK
@@ -386,7 +387,7 @@ def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse,
         if GRAD:
             y = tl.sum(tl.where(b_ids == token, b_shares, 0.0), 0)                   # a repeated token: all of its shares
             entry = (tl.exp2(c * log2_per_cosine) - y * z) * (word_inverse * tl.load(unit))
-            tl.store(e + i_row.to(tl.int64) * stride_e + token, entry.to(e.dtype.element_ty), mask=share != 0)
+            tl.store(e + i_row.to(tl.int64) * stride_e + token, entry.to(e.dtype.element_ty))        # for padding: p itself, again
     tl.store(loss + first + i_row, tl.log(z) - target * per_tau)
     if GRAD:
         q = tl.sum(tl.load(q_part + o_part * R + i_row, mask=o_part < parts, other=0.0), 0)
@@ -541,7 +542,7 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
     parts = 1 if cublas else triton.cdiv(v, BN)
     stride_x, stride_e = triton.cdiv(d, BK) * BK, triton.cdiv(v, BN) * BN
     bytes_per_row = stride_x * w.itemsize + need_grad * stride_e * e_dtype.itemsize + 8 * parts + cublas * 4 * v
-    row_tiles = min(FUSED_SCRATCH_BYTES // (BM * bytes_per_row), programs // triton.cdiv(d, second.BN), triton.cdiv(n, BM))
+    row_tiles = min(FUSED_SCRATCH // (BM * bytes_per_row), programs // triton.cdiv(d, second.BN), triton.cdiv(n, BM))
     R = BM * max(1, row_tiles)
 
     def numbers(*shape, dtype=torch.float32):

@@ -51,7 +51,7 @@ def small_poisoned_chunks(monkeypatch):
         return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(module, "FUSED_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(module, "FUSED_SCRATCH", 1)
 
 
 @pytest.fixture
@@ -303,4 +303,4 @@ def test_scratch_is_bounded(v, rows, monkeypatch):
         own = [x for x in tensors.values() if x.shape not in ((n, 4096), (n, 4), (v, 4096))]
         assert max(own, key=lambda x: x.nbytes).shape == (rows, -(-v // 256) * 256)      # E: a tile of product 2 for each multiprocessor
         buffers[n] = sum(x.nbytes for x in own) - 12 * n
-    assert buffers[18432] == buffers[40000] <= module.FUSED_SCRATCH_BYTES + 4 * (v + 4096)
+    assert buffers[18432] == buffers[40000] <= module.FUSED_SCRATCH + 4 * (v + 4096)
