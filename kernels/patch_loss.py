@@ -302,6 +302,15 @@ def load_tile(x, row, column, rows, columns, stride, R: tl.constexpr, C: tl.cons
 
 
 @jit
+def rounded(e, dtype: tl.constexpr, TF32: tl.constexpr):
+    """Float32 numbers on their way into E: to E's dtype; for a product in TF32 to its 11 significant bits, since the matrix units do not
+    round but cut the other 13 off, and all errors would have the same sign."""
+    if TF32:
+        e = ((e.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return e.to(dtype)
+
+
+@jit
 def gather_kernel(h, order, count, x, x_inverse, h_inverse, first, D, stride_row, stride_column, stride_x,
                   SHORTEST: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr):
     """A labelled row of h into the chunk: x = h if the dtypes are the SAME, else ĥ; with zeros up to the width of x. One program per
@@ -325,7 +334,7 @@ def gather_kernel(h, order, count, x, x_inverse, h_inverse, first, D, stride_row
 @jit
 def scores_kernel(x, w, e, x_inverse, w_inverse, unit, z_part, q_part, count, first, R, V, D, stride_w, log2_per_cosine,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GRAD: tl.constexpr, TMA: tl.constexpr,
-                  PRECISION: tl.constexpr):
+                  PRECISION: tl.constexpr, TF32: tl.constexpr):
     """Product 1 and its epilogue. Programs take tiles in turn, the rows fastest, so that those at work at a time share words; flattened,
     the two loops let the copy engine fetch for the next tile during the epilogue of this one. Whole tiles fit into x (R, multiple of
     BK), e (R, multiple of BN) and w_inverse (multiple of BN,). Parts (word tiles, R)."""
@@ -352,16 +361,17 @@ def scores_kernel(x, w, e, x_inverse, w_inverse, unit, z_part, q_part, count, fi
             tl.store(q_part + i_word * R + o_row, tl.sum(p * c, 1))
             b_e = p * (b_inverse * tl.load(unit))[None, :]
             if TMA:
-                e.store([i_row * BM, i_word * BN], b_e.to(e.dtype))
+                e.store([i_row * BM, i_word * BN], rounded(b_e, e.dtype, TF32))
             else:
                 stride_e = tl.cdiv(V, BN) * BN
-                tl.store(e + o_row.to(tl.int64)[:, None] * stride_e + o_word[None, :], b_e.to(e.dtype.element_ty))
+                tl.store(e + o_row.to(tl.int64)[:, None] * stride_e + o_word[None, :], rounded(b_e, e.dtype.element_ty, TF32))
 
 
 @jit
 def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse, unit, z_part, q_part, scale, along, loss, count, first,
                   R, D, K, stride_x, stride_w, stride_e, parts, per_tau, log2_per_cosine,
-                  BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_PARTS: tl.constexpr, GRAD: tl.constexpr):
+                  BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_PARTS: tl.constexpr, GRAD: tl.constexpr,
+                  TF32: tl.constexpr):
     """Loss of one row, its target entries in E, and the two numbers of g = scale (E w) - along x. One program per row."""
     i_row = tl.program_id(0)
     if first + i_row >= tl.load(count):
@@ -387,7 +397,7 @@ def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse,
         if GRAD:
             y = tl.sum(tl.where(b_ids == token, b_shares, 0.0), 0)                   # a repeated token: all of its shares
             entry = (tl.exp2(c * log2_per_cosine) - y * z) * (word_inverse * tl.load(unit))
-            tl.store(e + i_row.to(tl.int64) * stride_e + token, entry.to(e.dtype.element_ty))        # for padding: p itself, again
+            tl.store(e + i_row.to(tl.int64) * stride_e + token, rounded(entry, e.dtype.element_ty, TF32))      # for padding: p again
     tl.store(loss + first + i_row, tl.log(z) - target * per_tau)
     if GRAD:
         q = tl.sum(tl.load(q_part + o_part * R + i_row, mask=o_part < parts, other=0.0), 0)
@@ -493,7 +503,7 @@ TILES = {
     ("sm_90", torch.float16): (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
     ("sm_80", torch.bfloat16): (Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
     ("sm_80", torch.float16): (Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 3)),
-    ("sm_80", torch.float32): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    ("sm_80", torch.float32): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
     # tests on a CPU: many tiles, chunks and rounds in small tensors
     **{("interpreter", dtype): (Tile(16, 32, 16, 1, 1), Tile(16, 16, 16, 1, 1)) for dtype in FUSED_DTYPES},
 }
@@ -536,6 +546,8 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
     per_tau, log2_per_cosine = 1 / tau, math.log2(math.e) / tau          # exp(c / tau) = 2^(c log2(e) / tau)
     e_dtype = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    second_precision = "tf32" if w.dtype == torch.float16 else precision
+    tf32 = e_dtype == torch.float32 and second_precision == "tf32"
 
     tile, second, tma, programs = launch_plan(w)
     BM, BN, BK = tile.BM, tile.BN, tile.BK
@@ -577,10 +589,11 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
                 scores_kernel[(programs,)](
                     tiles(x, BM, BK), tiles(w, BN, BK), tiles(e, BM, BN), x_inverse, w_inverse, unit, z_part, q_part, count, first,
                     R, v, d, w.stride(0), log2_per_cosine, BM=BM, BN=BN, BK=BK, GRAD=need_grad, TMA=tma, PRECISION=precision,
-                    num_warps=tile.warps, num_stages=tile.stages)
+                    TF32=tf32, num_warps=tile.warps, num_stages=tile.stages)
             finish_kernel[rows](x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse, unit, z_part, q_part, scale, along, loss,
                                 count, first, R, d, k, stride_x, w.stride(0), stride_e, parts, per_tau, log2_per_cosine,
-                                BLOCK=block_d, BLOCK_K=block_k, BLOCK_PARTS=block_parts, GRAD=need_grad)
+                                BLOCK=block_d, BLOCK_K=block_k, BLOCK_PARTS=block_parts, GRAD=need_grad,
+                                TF32=tf32)
             if need_grad and cublas:
                 attended = cublas_product(e[:, :v], w.to(e_dtype))       # (R, D)
                 project_kernel[rows](attended, x, grad, order, scale, along, count, first, d, stride_x, BLOCK=block_d)
@@ -588,7 +601,7 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
                 gradient_kernel[(programs,)](
                     tiles(e, BM, second.BK), tiles(w, second.BK, second.BN), grad, order, x, scale, along, count, first,
                     R, v, d, w.stride(0), stride_x, stride_e, BM=BM, BN=second.BN, BK=second.BK, TMA=tma,
-                    PRECISION="tf32" if w.dtype == torch.float16 else precision, num_warps=second.warps, num_stages=second.stages)
+                    PRECISION=second_precision, num_warps=second.warps, num_stages=second.stages)
     return loss.sum(), grad
 
 

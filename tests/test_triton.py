@@ -28,6 +28,7 @@ needs_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter stands 
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 N, V, ALIGNED, RAGGED = (41, 101, 40, 37) if DEVICE == "cpu" else (391, 1013, 136, 137)    # widths with and without the copy engine
 TAU = 0.07
+SLACK = 1 if DEVICE == "cpu" else 5                     # exp2, division and root are approximate on a GPU, by a few ulp
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -120,8 +121,8 @@ def test_float32_is_the_reference(impl, k, d, tau, small_poisoned_chunks):
     loss, labelled, grad = with_grad(*arguments, tau, impl=impl)
     rows = arguments[3].any(dim=1)
     assert loss.dtype == grad.dtype == F32 and loss.ndim == 0 and labelled == rows.sum() and labelled.dtype == torch.int64
-    assert error(loss, true_loss) < 2e-6
-    assert error(grad[rows], true_grad[rows]) < 2e-5 and not grad[~rows].any()
+    assert error(loss, true_loss) < 2e-6 * SLACK
+    assert error(grad[rows], true_grad[rows]) < 2e-5 * SLACK and not grad[~rows].any()
 
 
 @needs_numbers
@@ -137,7 +138,7 @@ def test_low_precision_is_better_than_the_naive_version(impl, k, d, h_dtype, w_d
     naive_loss, naive_grad = naive(arguments[0], arguments[1].to(low), *arguments[2:], TAU)
     loss, _, grad = with_grad(*arguments, TAU, impl=impl)
     assert loss.dtype == F32 and grad.dtype == h_dtype
-    exact = 1e-6 if h_dtype == w_dtype or w_dtype == F32 else torch.finfo(w_dtype).eps / 8         # h itself is rounded if it is wider
+    exact = 1e-6 * SLACK if h_dtype == w_dtype or w_dtype == F32 else torch.finfo(w_dtype).eps / 8     # a wider h is itself rounded
     assert error(loss, true_loss) < min(exact, error(naive_loss, true_loss))
     assert total_error(grad[rows], true_grad[rows]) < 0.7 * total_error(naive_grad[rows], true_grad[rows])
     assert error(grad[rows], true_grad[rows]) < error(naive_grad[rows], true_grad[rows]) and not grad[~rows].any()
@@ -161,7 +162,7 @@ def test_degenerate_inputs(impl, small_poisoned_chunks):
         w[18] = along * length
         arguments = h, w, ids, weights, 0.0131
         (true_loss, true_grad), (loss, _, grad) = true(*arguments), with_grad(*arguments, impl=impl)
-        assert error(loss, true_loss) < 2e-6 and total_error(grad, true_grad) < 2e-5 and not grad[10:12].any()
+        assert error(loss, true_loss) < 2e-6 * SLACK and total_error(grad, true_grad) < 2e-5 * SLACK and not grad[10:12].any()
 
     weights[9] = math.nan                                                # what an id outside the vocabulary becomes on a GPU
     assert patch_loss(h, w, ids, weights, TAU, impl=impl)[0].isnan()
