@@ -22,7 +22,7 @@ from tqdm import tqdm
 import runtime
 import toy
 from data import GEOMETRIES, IGNORE, PROMPTS, InputError, Records, StepSampler, collate, read_records
-from kernels.patch_loss import patch_loss
+from kernels.patch_loss import default_impl, patch_loss
 from model import PatchAlignedModel, load_trained, save_checkpoint
 from projector import PROJECTORS
 
@@ -215,11 +215,12 @@ def main(args: Args) -> None:
     index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
     batches = iter(make_loader(args, dataset, index_lists, model.pad_id, device))
     annotated = sum(bool(r.get("regions")) for r in dataset.records)
+    implementation = default_impl(model.word_embeddings) if args.patch_loss == "softmax" else "plain torch"
     runtime.log(f"{len(dataset)} records, {annotated} with regions; "
                 f"{steps - first} steps of {args.batch_size} = {world} processes x {-(-share // micro)} x {micro}; "
                 f"{model.grid[0]} x {model.grid[1]} patches; vocabulary {len(model.word_embeddings)}; "
                 f"{sum(p.numel() for p in parameters):,} trained parameters; {device.type}, {str(dtype).removeprefix('torch.')}; "
-                f"patch loss {args.patch_loss}, weight {args.patch_weight:g}, tau {args.tau:g}")
+                f"patch loss {args.patch_loss} ({implementation}), weight {args.patch_weight:g}, tau {args.tau:g}")
 
     # ---- loop
     val_every, result, began = args.val_every or max(1, steps // 5), {}, time.time()

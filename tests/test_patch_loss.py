@@ -1,6 +1,9 @@
 """The patch loss against float64, in ragged chunks and tiles: no size below is a multiple of a chunk, a tile, or another size."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import patch_loss as module
 from kernels.patch_loss import cosine_loss, patch_loss, patch_loss_ref_grad
 
+ROOT = Path(__file__).resolve().parent.parent
 N, D, V = 53, 37, 211
 TAU = 0.07
 
@@ -25,22 +29,22 @@ def small_poisoned_blocks(monkeypatch):
     assert module.block_sizes(D, V, 8) == (6, 13)                        # 9 chunks, 17 tiles; the last of each is short
 
 
-def problem(k=5, seed=0, dtype=torch.float64):
+def problem(k=5, seed=0, dtype=torch.float64, n=N, d=D, v=V):
     """h, w, ids, weights with every irregularity: unlabelled rows, padding, repeated tokens, a zero word, lengths from 1e-3 to 1e3."""
     torch.manual_seed(seed)
-    h = torch.randn(N, D, dtype=torch.float64) * torch.logspace(-3, 3, N, dtype=torch.float64)[:, None]
-    w = torch.randn(V, D, dtype=torch.float64) * 0.02 + 0.01
+    h = torch.randn(n, d, dtype=torch.float64) * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None]
+    w = torch.randn(v, d, dtype=torch.float64) * 0.02 + 0.01
     w[17] = 0
     h[:20] += 60 * h[:20].norm(dim=1, keepdim=True) * w[1:21]            # some patches are near words, as after training
-    ids = torch.randint(V, (N, k))
-    weights = torch.rand(N, k, dtype=torch.float64)
+    ids = torch.randint(v, (n, k))
+    weights = torch.rand(n, k, dtype=torch.float64)
     ids[3, -1] = ids[3, 0]                                               # a repeated token
     ids[5, 0] = 17                                                       # the zero word as a target
     if k > 1:
         weights[::4, 1] = 0
         ids[::4, 1] = -100                                               # padding may hold anything
     weights /= weights.sum(dim=1, keepdim=True)
-    weights[[0, 7, 8, N - 1]] = 0                                        # unlabelled
+    weights[[0, 7, 8, n - 1]] = 0                                        # unlabelled
     weights[9] *= 1.7                                                    # a row need not sum to 1
     return h.to(dtype), w.to(dtype), ids, weights
 
@@ -196,6 +200,20 @@ def test_bad_arguments_are_named():
             patch_loss(h, w, wrong, weights, TAU)
     with pytest.raises(ValueError, match="^impl: .*chunked, reference"):
         patch_loss(h, w, ids, weights, TAU, impl="fast")
+    with pytest.raises(ValueError, match="^impl: 'triton' and 'cublas' need .*chunked'$"):     # a GPU, or Triton at all
+        patch_loss(h, w, ids, weights, TAU, impl="triton")
+
+
+def test_triton_is_optional():
+    """Builds of torch for CPUs come without it."""
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "import torch; from kernels.patch_loss import patch_loss\n"
+            "x = torch.eye(3); ids = torch.arange(3)[:, None]\n"
+            "print(patch_loss(x, x, ids, x[:, :1], 1.0)[0].item())\n"
+            "patch_loss(x, x, ids, x[:, :1], 1.0, impl='triton')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(math.log(math.e + 2) - 1, rel=1e-6)
+    assert done.stderr.endswith("ValueError: impl: 'triton' and 'cublas' need the package triton; use impl='chunked'\n")
 
 
 def test_cosine_loss():
