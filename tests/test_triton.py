@@ -82,8 +82,10 @@ def right_bfloat16(monkeypatch):
 
 def fused_problem(k, d, h_dtype=F32, w_dtype=F32):
     """problem() on the device, h by columns, w with a margin of NaN. So many rows are unlabelled, and NaN, that a whole chunk lies beyond
-    the labelled ones."""
+    the labelled ones. With k = 1, patches that are near a word have it as their target: p - Y nearly cancels."""
     h, w, ids, weights = problem(k, n=N, d=d, v=V)
+    if k == 1:
+        ids[:20, 0] = torch.arange(1, 21)
     weights[N // 2 + 2:-7] = 0
     if h_dtype == F16:
         h = F.normalize(h) * 3                                           # no room for six orders of magnitude
@@ -141,7 +143,8 @@ def test_low_precision_is_better_than_the_naive_version(impl, k, d, h_dtype, w_d
     exact = 1e-6 * SLACK if h_dtype == w_dtype or w_dtype == F32 else torch.finfo(w_dtype).eps / 8     # a wider h is itself rounded
     assert error(loss, true_loss) < min(exact, error(naive_loss, true_loss))
     assert total_error(grad[rows], true_grad[rows]) < 0.7 * total_error(naive_grad[rows], true_grad[rows])
-    assert error(grad[rows], true_grad[rows]) < error(naive_grad[rows], true_grad[rows]) and not grad[~rows].any()
+    assert error(grad[rows], true_grad[rows]) < min(4 * torch.finfo(low).eps, error(naive_grad[rows], true_grad[rows]))
+    assert not grad[~rows].any()
 
 
 @needs_numbers
