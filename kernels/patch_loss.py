@@ -496,7 +496,8 @@ class Tile(NamedTuple):
 FUSED_DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 # (product 1, product 2) by chip and dtype of w, compiled without register spills. "sm_90" is Hopper with its copy engine (TMA), whose
-# tensor descriptors need rows of w that start at multiples of 16 bytes; "sm_80" serves every other case, with pointers and masks.
+# tensor descriptors need rows of w that start at multiples of 16 bytes; "sm_80" serves every other case, with pointers and masks (an
+# odd D, which no language model has, is right but slow there: loads of two bytes, and product 2 spills).
 # Product 2 steps through tiles of E that product 1 wrote: the BN of the one is a multiple of the BK of the other.
 TILES = {
     ("sm_90", torch.bfloat16): (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
