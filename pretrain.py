@@ -85,6 +85,8 @@ class Args:
     """steps between writes of resume.pt"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]})
+    """of the frozen backbones and the matrix products; auto: bfloat16 on a GPU that has it, else float32"""
     workers: int = -1
     """data loading processes per rank; -1: 4 on a GPU, 0 on a CPU"""
     seed: int = 0
@@ -182,7 +184,7 @@ def main(args: Args) -> None:
     """Train and write the checkpoint."""
     # ---- set-up
     device = runtime.start(args.seed)
-    dtype, rank, world = runtime.precision(device), runtime.rank(), runtime.world()
+    dtype, rank, world = runtime.precision(device, args.dtype), runtime.rank(), runtime.world()
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     args, out = check(args), Path(args.out)
 

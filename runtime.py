@@ -99,8 +99,11 @@ def start(seed: int) -> torch.device:
     return device
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: bfloat16 on GPUs that have it, float32 elsewhere (on CPUs bfloat16 is slower)."""
+def precision(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The dtype of the matrix products, by name; auto: bfloat16 on GPUs that have it, else float32. (On most CPUs bfloat16 is slower; on
+    those with AMX it is faster for language models of the usual widths, not for the toy one.)"""
+    if name != "auto":
+        return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 

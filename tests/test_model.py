@@ -138,8 +138,8 @@ def test_foreign_and_unfitting_checkpoints(model, tmp_path, monkeypatch):
 
     save_checkpoint(path, model, "pretrain", {})
     whole = torch.load(path, weights_only=True)
-    small = dict(whole["model"], **{"projector.0.weight": torch.zeros(192, 64)})
-    for state, message in ((small, r"projector.0.weight \(192, 64\) does not fit .*\(192, 128\)"),
+    small = dict(whole["model"], **{"projector.0.weight": torch.zeros(128, 64)})
+    for state, message in ((small, r"projector.0.weight \(128, 64\) does not fit .*\(128, 128\)"),
                            ({k: v for k, v in whole["model"].items() if k != "projector.2.bias"}, "projector.2.bias missing"),
                            (dict(whole["model"], other=torch.zeros(1)), "other .*no such tensor")):
         torch.save(dict(whole, model=state), path)

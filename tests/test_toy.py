@@ -1,4 +1,5 @@
 """The toy world says only true things about its scenes, and its backbones are what the README says they are."""
+import collections
 import itertools
 import json
 
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import toy
+from backbones import train
+from model import PatchAlignedModel
 
 
 def scenes(count, seed=0):
@@ -30,7 +33,7 @@ def test_masks_are_what_is_drawn():
             assert (masks[i] == (whole & ~above)).all()
             hidden += (whole & above).sum()
             if thing.texture == "plain":
-                assert abs(pixels[masks[i]].mean(0) - toy.COLORS[thing.color]).max() < 30
+                assert abs(pixels[masks[i] & ~toy.outline(whole)].mean(0) - toy.COLORS[thing.color]).max() < 30
     assert hidden > 1000                                                # there is occlusion to speak of
 
 
@@ -105,15 +108,77 @@ def test_somebody_elses_folder_is_not_replaced(tmp_path):
 
 
 def test_backbones():
-    """Small, with each content word one token, and a language model that reads a background off a scene in words."""
+    """Small, with each content word one token, and a language model that looks answers up in a scene described in words."""
     files = [f for folder in (toy.VISION, toy.LLM) for f in folder.iterdir()]
     assert sum(f.stat().st_size for f in files) < 8e6
     tokenizer, model = AutoTokenizer.from_pretrained(toy.LLM), AutoModelForCausalLM.from_pretrained(toy.LLM)
     for word in (*toy.COLORS, *toy.TEXTURES, *toy.SHAPES, *toy.BACKGROUNDS, *toy.LIGHTS):
         assert len(data.word_ids(tokenizer, word)) == 1, word
-    text = ("USER: a striped red circle at the top left, a plain blue star at the bottom right, on dark {}."
-            " What is the background? ASSISTANT:")
-    for background in toy.BACKGROUNDS:
-        ids = tokenizer(text.format(background), return_tensors="pt")["input_ids"]
+    right, count = collections.Counter(), collections.Counter()
+    for scene, rng in scenes(60, seed=1 << 30):
+        described = train.description(scene, rng, boxes=False)
+        for kind, question, answer in toy.questions(scene, rng):
+            ids = tokenizer(f"USER: {described} {question} ASSISTANT:", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                right[kind] += tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == answer
+            count[kind] += 1
+    for kind in ("background", "color", "texture", "shape", "existence"):
+        assert right[kind] / count[kind] > 0.9, kind
+
+
+def test_what_the_texts_ask_is_true_and_told_by_them():
+    """Spatial answers agree with the places in the description; a drill's first word tells its rest; boxes are those described."""
+    columns, rows = {"left": -1, "right": 1}, {"top": -1, "bottom": 1}
+    answers = collections.Counter()
+    for scene, rng in scenes(200):
+        described = train.description(scene, rng, boxes=True)
+        for kind, _, answer in train.asked(scene, rng, boxes=True):
+            assert kind != "box" or answer in described
+        for _, question, answer in train.relations(scene, rng):
+            words = question.rstrip("?").split()
+            a, b = (next(t.place.split() for t in scene.things if t.shape == w) for w in (words[2], words[-1]))
+            names = columns if {"left", "right"} & set(words) else rows
+            gap = sum(names.get(w, 0) for w in a) - sum(names.get(w, 0) for w in b)
+            assert gap and (answer == "yes") == ((gap < 0) == bool({"left", "above"} & set(words)))
+            answers[answer] += 1
+        for kind, first, rest in train.restated(scene, rng, boxes=False):
+            if kind == "keywords":
+                assert [set(rest.removesuffix("</s>").split()) <= set(t.phrase.split()) for t in scene.things
+                        if first.strip() in (t.color, t.shape)] == [True]
+        text = train.drill(rng, 4, boxes=bool(rng.random() < 0.5))
+        for _, key, rest in text.turns:
+            told = [thing for thing in text.first.replace("], ", "]|").replace(", ", "|" if "[" not in text.first else ", ").split("|")
+                    if key.strip(", ") in thing.split()]
+            assert len(told) == 1 and set(rest.split()) <= set(told[0].split())
+    assert min(answers.values()) > 0.4 * sum(answers.values())
+
+
+def test_turns_apart_do_not_see_each_other():
+    """A turn beside others, in a padded batch, gives what it gives alone; turns of one conversation do see each other."""
+    tokenizer, model = AutoTokenizer.from_pretrained(toy.LLM), AutoModelForCausalLM.from_pretrained(toy.LLM)
+    turns = [("color", " What color is the star? ASSISTANT:", " blue</s>"),
+             ("shape", " What shape is the red object? ASSISTANT:", " ring</s>")]
+    first = "USER: a plain red ring at the top, a dotted blue star at the left, on dark sand."
+
+    def logits(text):
+        inputs, _, kinds = train.encode(tokenizer, [text, train.Text(first * 3, turns)])
         with torch.no_grad():
-            assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == background
+            return model(**inputs).logits[0][torch.tensor([k == "shape" for k in kinds[0]] + [False] * (
+                inputs["input_ids"].shape[1] - len(kinds[0])))]
+
+    alone = logits(train.Text(first, turns[1:]))
+    torch.testing.assert_close(logits(train.Text(first, turns)), alone, atol=2e-4, rtol=1e-4)
+    assert (logits(train.Text(first, turns, apart=False)) - alone).abs().max() > 1e-2
+
+
+def test_backbones_are_made_from_scratch(tmp_path, monkeypatch):
+    """All parts run, and what they write makes a model."""
+    monkeypatch.setattr(toy, "VISION", tmp_path / "toy-clip")
+    monkeypatch.setattr(toy, "LLM", tmp_path / "toy-llama")
+    monkeypatch.setattr(train, "BUDGET", dict(tokenizer=600, images=128, vision=2, drills=2, texts=2, restated=2))
+    report = train.train("all")
+    assert report == json.loads((tmp_path / "report.json").read_text()) and {"vision", "llm"} == set(report)
+    assert {"background", "color", "texture", "shape", "count", "existence", "relation", "box"} <= set(report["llm"])
+    model = PatchAlignedModel(dict(vision=str(toy.VISION), llm=str(toy.LLM), projector="linear", image_size=0, geometry="crop",
+                                   feature_layer=-2, prompt="plain", coverage=0.25, tau=0.07, patch_weight=1.0, patch_loss="softmax"))
+    assert model.encode(torch.zeros(1, 3, toy.SIZE, toy.SIZE)).shape == (1, 64, 128) and model.grid == (8, 8)
