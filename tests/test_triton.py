@@ -259,20 +259,20 @@ def compiled(monkeypatch):
     return start
 
 
-def without_memory(n, d, v, dtype):
+def without_memory(n, d, v, dtype, h_dtype=None):
     """h, w, ids, weights of shapes and dtypes alone."""
-    return (torch.empty(n, d, dtype=dtype, device="meta", requires_grad=True), torch.empty(v, d, dtype=dtype, device="meta"),
+    return (torch.empty(n, d, dtype=h_dtype or dtype, device="meta", requires_grad=True), torch.empty(v, d, dtype=dtype, device="meta"),
             torch.empty(n, 4, dtype=torch.int64, device="meta"), torch.empty(n, 4, device="meta"))
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind, dtype", SHIPPED, ids=[f"{kind}-{dtype}" for kind, dtype in SHIPPED])
-def test_compiled_code(kind, dtype, compiled, tmp_path):
+@pytest.mark.parametrize("kind, dtype, h_dtype", [*((*key, key[1]) for key in SHIPPED), ("sm_90", BF16, F32)], ids=str)
+def test_compiled_code(kind, dtype, h_dtype, compiled, tmp_path):
     """No spills, shared memory that exists, and the chip's matrix and copy instructions, as the ragged shape below launches them."""
     first, second = TILES[kind, dtype]
     assert first.BM == second.BM and first.BN % second.BK == 0
     launched = compiled(kind)
-    module.patch_loss_triton(*without_memory(100, 4096, 32003, dtype), TAU)
+    module.patch_loss_triton(*without_memory(100, 4096, 32003, dtype, h_dtype), TAU)
     assert [name for name, _ in launched] == ["gather_kernel", "scores_kernel", "finish_kernel", "gradient_kernel"]
     for name, binary in launched:
         (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
