@@ -240,7 +240,7 @@ def patch_loss_chunked(h, w, ids, weights, tau):
 # A Triton kernel is a function that one *program* runs; a launch starts many programs, each with its own program_id, and each
 # works on whole tiles at once. A tile lives in registers and shared memory (on chip, fast, small), a tensor in device memory (slow,
 # large). A score is made on chip by a matrix product, and on chip it turns into everything that will be asked of it: nothing
-# but E, the operand of the second product, is written, in 16 bits, and nothing else of size rows x V exists.
+# but E, the operand of the second product, is written (in 16 bits for bfloat16 words), and nothing else of size rows x V exists.
 #
 #     order, count = the labelled patches, first; how many they are
 #     for each chunk of R rows:                               # on the host; everything below is one kernel each
