@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_patch_loss import error, problem, with_grad
 
 from kernels import patch_loss as module
-from kernels.patch_loss import TILES, patch_loss
+from kernels.patch_loss import TILES, Tile, patch_loss
 
 triton = pytest.importorskip("triton", reason="no Triton here: nothing to run or compile")
 
@@ -201,6 +201,19 @@ def test_unlabelled_rows_cost_nothing(small_poisoned_chunks, monkeypatch):
     two = triton.cdiv(RAGGED, second.BN) * triton.cdiv(V, second.BK)
     with_grad(*arguments, TAU, impl="triton")
     assert row_tiles < in_all and len(calls) == row_tiles * (one + two)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU gpu.py measures real ones")
+@pytest.mark.parametrize("product", [1, 2])
+def test_gpu_py_measures_another_tile(product, monkeypatch):
+    from kernels import gpu
+    tile, shipped = Tile(32, 32, 16, 1, 1), TILES["interpreter", F32]
+    monkeypatch.setattr(gpu, "CANDIDATES", {1: [tile], 2: [tile]})
+    row = gpu.measure_tile(gpu.Case(9, 16, 40, k=2, h="float32", w="float32"), product, tile, repeats=1)
+    assert row["passed"] and row["rows"] == 32 and row["other"] == tile and row["shared"] is None
+    assert all(len(rounds) == 2 and rounds[0][0] > 0 for rounds in row["ms"].values()) and len(row["ms"]) == 3
+    assert row["tflops"] == 2 * 32 * 16 * 40 / row["ms"]["product"][0][0] / 1e9
+    assert TILES["interpreter", F32] == shipped and not isinstance(getattr(module, gpu.KERNELS[product]), gpu.Recorder)
 
 
 @needs_gpu
