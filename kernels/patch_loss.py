@@ -240,7 +240,7 @@ def patch_loss_chunked(h, w, ids, weights, tau):
 # A Triton kernel is a function that one *program* runs; a launch starts many programs, each with its own program_id, and each
 # works on whole tiles at once. A tile lives in registers and shared memory (on chip, fast, small), a tensor in device memory (slow,
 # large). A score is made on chip by a matrix product, and on chip it turns into everything that will be asked of it: nothing
-# but E, the operand of the second product, is written, in 16 bits, and nothing else of size rows x V exists.
+# but E, the operand of the second product, is written (in 16 bits for bfloat16 words), and nothing else of size rows x V exists.
 #
 #     order, count = the labelled patches, first; how many they are
 #     for each chunk of R rows:                               # on the host; everything below is one kernel each
@@ -496,8 +496,8 @@ class Tile(NamedTuple):
 FUSED_DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 # (product 1, product 2) by chip and dtype of w, compiled without register spills. "sm_90" is Hopper with its copy engine (TMA), whose
-# tensor descriptors need rows of w that start at multiples of 16 bytes; "sm_80" serves every other case, with pointers and masks (an
-# odd D, which no language model has, is right but slow there: loads of two bytes, and product 2 spills).
+# tensor descriptors need rows of w that start at multiples of 16 bytes; "sm_80" serves every other case, with pointers and masks. (A D
+# that is no multiple of 16, which no language model has, is right but slow: narrow loads and stores, and product 2 spills.)
 # Product 2 steps through tiles of E that product 1 wrote: the BN of the one is a multiple of the BK of the other.
 TILES = {
     ("sm_90", torch.bfloat16): (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
@@ -518,13 +518,16 @@ def chip(device):
     return "sm_90" if (properties.major, properties.minor) == (9, 0) else "sm_80", properties.multi_processor_count
 
 
-def launch_plan(w):
-    """-> (tile of product 1, of product 2, use of TMA, programs that share the tiles) for w (V, D)."""
+def launch_plan(h, w):
+    """-> (tile of product 1, of product 2, use of TMA, programs that share the tiles) for h (n, D) and w (V, D)."""
     kind, multiprocessors = chip(w.device)
     aligned = w.data_ptr() % 16 == 0 and w.stride(0) * w.itemsize % 16 == 0
     if kind == "sm_90" and not (aligned and (kind, w.dtype) in TILES):
         kind = "sm_80"
-    return *TILES[kind, w.dtype], aligned and kind != "sm_80", multiprocessors * (2 if kind == "sm_80" else 1)
+    first, second = TILES[kind, w.dtype]
+    if kind == "sm_90" and h.dtype.itemsize > w.dtype.itemsize:          # a tile of the gradient passes through shared memory, beside what
+        second = second._replace(BN=second.BN // 2)                      # is loaded for the next: in float32 half as wide a tile fits
+    return first, second, aligned and kind != "sm_80", multiprocessors * (2 if kind == "sm_80" else 1)
 
 
 def check_fused(h, w):
@@ -550,7 +553,7 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
     second_precision = "tf32" if w.dtype == torch.float16 else precision
     tf32 = e_dtype == torch.float32 and second_precision == "tf32"
 
-    tile, second, tma, programs = launch_plan(w)
+    tile, second, tma, programs = launch_plan(h, w)
     BM, BN, BK = tile.BM, tile.BN, tile.BK
     parts = 1 if cublas else triton.cdiv(v, BN)
     stride_x, stride_e = triton.cdiv(d, BK) * BK, triton.cdiv(v, BN) * BN

@@ -1,6 +1,9 @@
-"""The benchmark on a CPU and a tiny shape: a row for everyone, failures included, resuming, the peers' correction, the training step."""
+"""The benchmark on a CPU and a tiny shape: a row for everyone, failures included, resuming, the peers' correction, the training step. And
+what gpu.py does around the stages that need a GPU."""
 import json
 import math
+import subprocess
+import time
 from functools import partial
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from data import InputError
-from kernels import bench, measure
+from kernels import bench, gpu, measure
 from kernels.patch_loss import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.skipif(bench.CUDA, reason="a GPU has other cases; there the benchmark itself is the test")
@@ -129,3 +132,96 @@ def test_from_a_shell(run, tmp_path):
     """Started as a script, from elsewhere: the project's modules are found, and a bad flag costs one line."""
     done = run("kernels/bench.py", "--out", tmp_path, "--shapes", "5x7", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: --shapes 5x7: ") and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------- gpu.py
+
+HERE = dict(device="a card", patch_loss="abc")
+
+
+def test_stages_share_the_time_failures_are_rows_and_a_second_call_goes_on(tmp_path):
+    called = []
+    outcomes = {"raises": [ValueError("no such kernel\nmore")], "stops early": [dict(again=True), dict(error="2 failed")], "ends": [{}]}
+
+    def stage(out, seconds, name):
+        called.append((name, round(seconds)))
+        if isinstance(outcome := outcomes[name].pop(0), Exception):
+            raise outcome
+        return outcome
+
+    def run(seconds):
+        return gpu.run_stages(stages, gpu.Log(tmp_path, HERE), tmp_path, time.time() + seconds)
+
+    stages = {name: (stage, share, name) for name, share in zip(outcomes, (0.4, 0.5, 1.0))}
+    assert run(1000.1) == ["stops early"]
+    assert called == [("raises", 400), ("stops early", 500), ("ends", 1000)]
+    assert run(gpu.LEAST - 1) == ["stops early"] and len(called) == 3
+    assert run(1000.1) == [] == run(1000.1) and called[3:] == [("stops early", 500)]
+    rows = gpu.Log(tmp_path, HERE).rows()
+    assert [row["error"] for row in rows.values()] == ["ValueError: no such kernel", "2 failed", None]
+    assert gpu.Log(tmp_path, HERE | dict(patch_loss="other")).rows() == {}
+
+
+def test_what_hung_is_not_tried_again(tmp_path):
+    def killed():
+        raise KeyboardInterrupt
+
+    log, called = gpu.Log(tmp_path, HERE), []
+    with pytest.raises(KeyboardInterrupt):
+        log.attempt("tiles", "hangs", killed, mark=True)
+    for name in ("hangs", "ends", "ends"):
+        log.attempt("tiles", name, lambda name=name: called.append(name) or {}, mark=True)
+    assert called == ["ends"] and [row["error"] for row in log.rows().values()] == ["it hung, or ended its process", None]
+
+
+def test_a_program_is_ended_in_time_and_its_last_line_is_kept(tmp_path):
+    (tmp_path / "test_x.py").write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
+    row = gpu.run_pytest(tmp_path, 300, "--rootdir", str(tmp_path), str(tmp_path / "test_x.py"))
+    assert row["error"] == "exit status 1" and "1 failed, 1 passed" in row["said"] and not row["again"]
+    assert "assert 1 == 2" in (tmp_path / "tests.txt").read_text()
+
+    began = time.time()
+    text, row = gpu.command("sh", "-c", "sleep 60 & echo $!; wait", seconds=3)
+    assert time.time() - began < 30 and row == dict(error="did not end in 3 s", said=text.strip(), again=True)
+    time.sleep(1)
+    state = subprocess.run(["ps", "-o", "stat=", "-p", text.strip()], capture_output=True, text=True).stdout
+    assert state[:1] in ("", "Z")                                        # what it had started has ended too, whoever reaps it
+
+
+def test_summary_ranks_the_tiles_and_says_what_failed_and_what_is_missing(tmp_path):
+    log = gpu.Log(tmp_path, HERE)
+    log.write("tests", "", error="exit status 1", said="1 failed")
+    tile = dict(tile=gpu.Tile(16, 32, 16, 1, 1), case="n 8", product=1, rows=16, registers=99, spills=0, shared=1024, grad_error=1e-3)
+    for name, ms in (("slow, shipped", 2.0), ("fast", 1.0), ("wrong", 1.5)):
+        times = {each: [[ms, ms, ms]] * 2 for each in ("product", "torch.mm", "call")}
+        log.write("tiles", name, **tile, tflops=100 / ms, passed=name != "wrong", ms=times, error=None)
+    log.write("tiles", "large", error="OutOfResources: shared memory")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(
+        device="a card", case=dict(n=8), provider=name, setting="", time_ms=[[ms, ms, ms]] * 2)) + "\n"
+        for name, ms in (("ours: triton", 3.25), ("ours: cublas", 3.5), ("naive", 9.0))))
+    assert gpu.summary(log, tmp_path, HERE, ["bench"]) == ["tests"]
+    text = (tmp_path / "gpu.txt").read_text()
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith("16, 32")] == ["1.0e-03", "WRONG", "shipped"]
+    assert "tests: exit status 1; 1 failed" in text and "large: OutOfResources" in text and "not finished: bench" in text
+    assert "n 8 3.250 3.500 -" in " ".join(text.split())
+    log.write("tiles", "slow, shipped", error="OutOfResources: shared memory")
+    assert gpu.summary(log, tmp_path, HERE, []) == ["tests", "tiles slow, shipped"]
+
+
+def test_counters_are_read_from_what_ncu_prints():
+    text = """==PROF== Connected to process 7
+"ID","Kernel Name","Device","gpu__time_duration.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed","sm__other"
+"","","","ns","%","%"
+"0","scores_kernel","0","512,345","71.5","3"
+"1","gradient_kernel","0","498,001","80.25","4"
+==PROF== Disconnected"""
+    tensor = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
+    assert gpu.ncu_launches(text) == [{"kernel": "scores_kernel", "duration": "512,345 ns", tensor: "71.5 %"},
+                                      {"kernel": "gradient_kernel", "duration": "498,001 ns", tensor: "80.25 %"}]
+    assert gpu.ncu_launches("==ERROR== no permission") == []
+
+
+def test_without_a_gpu_one_line_says_so(run, tmp_path):
+    done = run("kernels/gpu.py", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: no GPU") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()

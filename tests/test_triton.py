@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_patch_loss import error, problem, with_grad
 
 from kernels import patch_loss as module
-from kernels.patch_loss import TILES, patch_loss
+from kernels.patch_loss import TILES, Tile, patch_loss
 
 triton = pytest.importorskip("triton", reason="no Triton here: nothing to run or compile")
 
@@ -203,13 +203,26 @@ def test_unlabelled_rows_cost_nothing(small_poisoned_chunks, monkeypatch):
     assert row_tiles < in_all and len(calls) == row_tiles * (one + two)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU gpu.py measures real ones")
+@pytest.mark.parametrize("product", [1, 2])
+def test_gpu_py_measures_another_tile(product, monkeypatch):
+    from kernels import gpu
+    tile, shipped = Tile(32, 32, 16, 1, 1), TILES["interpreter", F32]
+    monkeypatch.setattr(gpu, "CANDIDATES", {1: [tile], 2: [tile]})
+    row = gpu.measure_tile(gpu.Case(9, 16, 40, k=2, h="float32", w="float32"), product, tile, repeats=1)
+    assert row["passed"] and row["rows"] == 32 and row["other"] == tile and row["shared"] is None
+    assert all(len(rounds) == 2 and rounds[0][0] > 0 for rounds in row["ms"].values()) and len(row["ms"]) == 3
+    assert row["tflops"] == 2 * 32 * 16 * 40 / row["ms"]["product"][0][0] / 1e9
+    assert TILES["interpreter", F32] == shipped and not isinstance(getattr(module, gpu.KERNELS[product]), gpu.Recorder)
+
+
 @needs_gpu
 @pytest.mark.parametrize("impl", ["triton", "cublas"])
 def test_nothing_waits_for_the_gpu(impl):
     h, w, ids, weights = fused_problem(5, ALIGNED, BF16, BF16)
     h.requires_grad_()
-    ids[1, 0], outside = V, ids.clone()                                  # nor for ids that lie outside
-    patch_loss(h, w, outside, weights, TAU, impl=impl)[0].backward()     # compiles
+    patch_loss(h, w, ids, weights, TAU, impl=impl)[0].backward()         # compiles
+    ids[1, 0] = V                                                        # nor for ids that lie outside
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, _ = patch_loss(h, w, ids, weights, TAU, impl=impl)
@@ -259,20 +272,20 @@ def compiled(monkeypatch):
     return start
 
 
-def without_memory(n, d, v, dtype):
+def without_memory(n, d, v, dtype, h_dtype=None):
     """h, w, ids, weights of shapes and dtypes alone."""
-    return (torch.empty(n, d, dtype=dtype, device="meta", requires_grad=True), torch.empty(v, d, dtype=dtype, device="meta"),
+    return (torch.empty(n, d, dtype=h_dtype or dtype, device="meta", requires_grad=True), torch.empty(v, d, dtype=dtype, device="meta"),
             torch.empty(n, 4, dtype=torch.int64, device="meta"), torch.empty(n, 4, device="meta"))
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind, dtype", SHIPPED, ids=[f"{kind}-{dtype}" for kind, dtype in SHIPPED])
-def test_compiled_code(kind, dtype, compiled, tmp_path):
+@pytest.mark.parametrize("kind, dtype, h_dtype", [*((*key, key[1]) for key in SHIPPED), ("sm_90", BF16, F32)], ids=str)
+def test_compiled_code(kind, dtype, h_dtype, compiled, tmp_path):
     """No spills, shared memory that exists, and the chip's matrix and copy instructions, as the ragged shape below launches them."""
     first, second = TILES[kind, dtype]
     assert first.BM == second.BM and first.BN % second.BK == 0
     launched = compiled(kind)
-    module.patch_loss_triton(*without_memory(100, 4096, 32003, dtype), TAU)
+    module.patch_loss_triton(*without_memory(100, 4096, 32003, dtype, h_dtype), TAU)
     assert [name for name, _ in launched] == ["gather_kernel", "scores_kernel", "finish_kernel", "gradient_kernel"]
     for name, binary in launched:
         (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
