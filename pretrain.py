@@ -63,7 +63,7 @@ class Args:
     """share of a patch that a region must cover to label it"""
     patch_loss: str = field(default="softmax", metadata={"choices": ["softmax", "cosine"]})
     """softmax over the vocabulary, or the plain cosine pull"""
-    patch_weight: float = 0.1
+    patch_weight: float = 0.03
     """weight of the patch loss; 0 is the caption-only baseline"""
     tau: float = 0.07
     """temperature of the softmax patch loss"""

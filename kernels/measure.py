@@ -275,7 +275,7 @@ def panel(draw, box, caption, lines, colours, font):
 def picture(rows: list[dict]) -> Image.Image | None:
     """Time and memory against n and V, everything else as in the first case; drawn at twice the size. None: nothing to draw."""
     rows = [r for r in rows if r["device"] == rows[-1]["device"] and r["case"].get("run") == BOTH]
-    rows = [r for r in rows if r.get("time_ms") and r.get("memory_bytes")]
+    rows = [r for r in rows if r.get("time_ms") and r.get("memory_bytes") is not None]
     if not rows:
         return None
     case, font = rows[0]["case"], ImageFont.load_default(24)
@@ -283,7 +283,7 @@ def picture(rows: list[dict]) -> Image.Image | None:
     colours = dict(zip(names, itertools.cycle(COLOURS))) | {"torch.mm": GREY}
     image = Image.new("RGB", (1560, 1110 + 36 * -(-len(names) // 3)), "white")
     draw = ImageDraw.Draw(image)
-    quantities = {"milliseconds": speed, "MiB": lambda row: row["memory_bytes"] / 2**20}
+    quantities = {"milliseconds": speed, "MiB": lambda row: max(row["memory_bytes"], 2**12) / 2**20}                 # a page, for the logarithm
     for i, ((axis, fixed), (unit, value)) in enumerate(itertools.product((("n", "v"), ("v", "n")), quantities.items())):
         best = {(r["provider"], r["case"][axis]): r for r in sorted(rows, key=speed, reverse=True)           # the fastest is last and stays
                 if r["provider"] in names and r["case"] == case | {axis: r["case"][axis]}}
