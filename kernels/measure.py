@@ -283,7 +283,7 @@ def picture(rows: list[dict]) -> Image.Image | None:
     colours = dict(zip(names, itertools.cycle(COLOURS))) | {"torch.mm": GREY}
     image = Image.new("RGB", (1560, 1110 + 36 * -(-len(names) // 3)), "white")
     draw = ImageDraw.Draw(image)
-    quantities = {"milliseconds": speed, "MiB": lambda row: max(row["memory_bytes"], 2**12) / 2**20}      # a page at least: the axis has no 0
+    quantities = {"milliseconds": speed, "MiB": lambda row: max(row["memory_bytes"], 2**12) / 2**20}     # at least a page: no log of 0
     for i, ((axis, fixed), (unit, value)) in enumerate(itertools.product((("n", "v"), ("v", "n")), quantities.items())):
         best = {(r["provider"], r["case"][axis]): r for r in sorted(rows, key=speed, reverse=True)           # the fastest is last and stays
                 if r["provider"] in names and r["case"] == case | {axis: r["case"][axis]}}
