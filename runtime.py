@@ -100,8 +100,8 @@ def start(seed: int) -> torch.device:
 
 
 def precision(device: torch.device, name: str = "auto") -> torch.dtype:
-    """The dtype of the matrix products, by name; auto: bfloat16 on GPUs that have it, else float32. (On most CPUs bfloat16 is slower; on
-    those with AMX it is faster for language models of the usual widths, not for the toy one.)"""
+    """The dtype of the matrix products, by name; auto: bfloat16 on GPUs that have it, else float32, since few CPUs are faster in
+    bfloat16 (those with AMX may be)."""
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

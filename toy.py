@@ -4,7 +4,7 @@
     python toy.py --train-backbones      # recreates backbones/ from scratch with fixed seeds (about 70 minutes of one core)
 
 A scene is a named background with two to four objects, each of one colour, one texture and one shape, that may hide parts of each
-other; so most patches are named by two or more words. Images are 96 x 96 pixels, masks are exact, splits come from disjoint seeds.
+other; so every patch is named by two or more words. Images are 96 x 96 pixels, masks are exact, splits come from disjoint seeds.
 
 reads:  nothing (backbones/ is committed; --train-backbones rewrites it)
 writes: data/toy/images/*.png
@@ -41,7 +41,7 @@ class Args:
     """Flags of toy.py."""
 
     out: str = ""
-    """folder to write; none: data/toy of this project, where the stages look for it"""
+    """folder to write the data to; none: data/toy of this project, where the stages look for it"""
     train_backbones: bool = False
     """train the tokenizer, the vision encoder and the language model from scratch instead of writing the data"""
     part: str = field(default="all", metadata={"choices": ["all", "vision", "llm"]})
@@ -78,9 +78,14 @@ class Thing:
         return f"{self.texture} {self.color} {self.shape}"
 
     @property
+    def cell(self) -> tuple[int, int]:
+        """Column and row of its centre on a 3 x 3 grid."""
+        return int(self.x * 3 / SIZE), int(self.y * 3 / SIZE)
+
+    @property
     def place(self) -> str:
         """Its cell of a 3 x 3 grid, in words."""
-        column, row = min(int(self.x * 3 / SIZE), 2), min(int(self.y * 3 / SIZE), 2)
+        column, row = self.cell
         return " ".join(w for w in (("top", "", "bottom")[row], ("left", "", "right")[column]) if w) or "center"
 
 
@@ -234,14 +239,14 @@ def questions(scene: Scene, rng) -> list[tuple[str, str, str]]:
     kind = rng.integers(3)
     if kind == 0:
         out.append(("count", "How many objects are there?", str(len(things))))
-    else:                                                                # half about what is there, half about anything
+    else:                                                                # mostly about what is there: 0 is not the usual answer
         values, every = ((colors, list(COLORS)), (shapes, list(SHAPES)))[kind - 1]
         value = rng.choice(values if rng.random() < 0.7 else every)
         out.append(("count", f"How many {value} objects are there?" if kind == 1 else f"How many {value} shapes are there?",
                     str(values.count(value))))
     t = things[rng.integers(len(things))]
     color, shape = t.color, t.shape
-    if rng.random() < 0.5:                                               # a near miss: one attribute changed
+    if rng.random() < 0.5:                                               # a near miss: one attribute drawn anew
         color, shape = (str(rng.choice(list(COLORS))), shape) if rng.random() < 0.5 else (color, str(rng.choice(SHAPES)))
     out.append(("existence", f"Is there {article(f'{color} {shape}')}?", "yes" if (color, shape) in zip(colors, shapes) else "no"))
     if len(unique) >= 2:
@@ -253,7 +258,7 @@ def questions(scene: Scene, rng) -> list[tuple[str, str, str]]:
 
 
 def referring(scene: Scene, rng) -> list[tuple[int, str]]:
-    """(object index, expression) with a unique referent: the fewest attributes, in random order of preference, that single it out."""
+    """(object index, expression) with a unique referent: attributes that single it out, few rather than many; no entry where none do."""
     out = []
     for i, t in enumerate(scene.things):
         others = [o for o in scene.things if o is not t]
@@ -345,6 +350,8 @@ def ensure(folder: Path = DATA) -> Path:
 
 def main(args: Args) -> None:
     """Write the data, or train the backbones."""
+    if args.out and args.train_backbones or args.part != "all" and not args.train_backbones:
+        raise data.InputError("--out names the folder of the data, --part goes with --train-backbones: they do not go together")
     if not args.train_backbones:
         folder = Path(args.out) if args.out else DATA
         clear(folder)
@@ -354,7 +361,7 @@ def main(args: Args) -> None:
     from backbones.train import train
 
     print(json.dumps(train(args.part), indent=1))
-    print(f"wrote {VISION.parent}; next: python toy.py")
+    print(f"wrote {VISION.parent}; next: torchrun pretrain.py")
 
 
 if __name__ == "__main__":

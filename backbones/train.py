@@ -31,8 +31,9 @@ BUDGET = {"tokenizer": 20_000, "images": 40_000,                        # texts,
 
 
 def train(part: str) -> dict:
-    """Train `part` (all | vision | llm) and write it with its report. Returns what the parts reach."""
-    tokenizer, path = train_tokenizer(), toy.VISION.parent / "report.json"
+    """Train `part` (all | vision | llm; the tokenizer belongs to llm) and write it with its report. Returns what the parts reach."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(toy.LLM) if part == "vision" else train_tokenizer()
+    path = toy.VISION.parent / "report.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     for name, make in (("vision", train_vision), ("llm", train_llm)):
         if part in ("all", name):
@@ -76,24 +77,19 @@ def description(scene: toy.Scene, rng, boxes: bool) -> str:
     return ", ".join(parts) + f", on {scene.light} {scene.background}."
 
 
-def cell(t: toy.Thing) -> tuple[int, int]:
-    """Column and row of the object's place: all that a description without boxes tells of where it is."""
-    return int(t.x * 3 / toy.SIZE), int(t.y * 3 / toy.SIZE)
-
-
 def relations(scene: toy.Scene, rng) -> Iterator[tuple[str, str, str]]:
-    """Spatial questions whose answer the places tell: both objects' shapes are unique and their cells differ in that direction."""
+    """Spatial questions whose answer the described places tell: the shapes are unique and their cells differ in that direction."""
     shapes = [t.shape for t in scene.things]
     for a, b in itertools.permutations([t for t in scene.things if shapes.count(t.shape) == 1], 2):
         name = str(rng.choice(list(toy.RELATIONS)))
         axis, sign = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}[name]
-        gap = sign * (cell(b)[axis] - cell(a)[axis])
+        gap = sign * (b.cell[axis] - a.cell[axis])
         if gap:
             yield "relation", f"Is the {a.shape} {name} the {b.shape}?", "yes" if gap > 0 else "no"
 
 
 def asked(scene: toy.Scene, rng, boxes: bool) -> list[tuple[str, str, str]]:
-    """Up to a dozen different (kind, question, answer) that the scene's description answers, half of them of the data's own kinds."""
+    """Different (kind, question, answer) that the scene's description answers: up to six of `toy.questions` and up to six others."""
     own = {q: (kind, q, a) for _ in range(4) for kind, q, a in toy.questions(scene, rng) if kind != "relation"}
     more = list(relations(scene, rng))
     if boxes:                                                            # in place of places
@@ -154,7 +150,8 @@ def drill(rng, count: int, boxes: bool) -> Text:
 
 
 def sample_text(rng, restate: bool = False) -> Text:
-    """A caption alone, or a scene in words and then questions about it, and what a caption of it would be; or the like, `restated`."""
+    """A caption alone, or a scene in words and then questions about it, and what a caption of it would be. With `restate`,
+    also the turns of `restated`."""
     scene = toy.sample_scene(rng)
     if rng.random() < 0.15:
         return Text("", [("caption", "", toy.caption(scene, rng) + "</s>")])
@@ -190,7 +187,8 @@ def encode(tokenizer, texts: list[Text]) -> tuple[dict, torch.Tensor, list[list[
     """Texts as the model's inputs, the weight (B, T) of each token's loss, and what kind of answer each token belongs to ("": none).
 
     The attention mask (B, 1, T, T) shows a turn that stands apart the first part and itself, and its positions go on from there. A
-    random scene cannot be predicted, the answers about it can: its tokens weigh a tenth, those of questions nothing.
+    random scene cannot be predicted, the answers about it can: its tokens weigh a tenth, those of questions nothing. A caption alone counts
+    as an answer: what it is like is all that the language model learns from it.
     """
     parts = [part for text in texts for part in (f"<s>{text.first}", *(x for turn in text.turns for x in turn[1:]))]
     tokens, rows = iter(tokenizer(parts, add_special_tokens=False)["input_ids"]), []
@@ -297,7 +295,7 @@ def near_miss(scene: toy.Scene, rng) -> toy.Scene:
 
 def mirrored(scene: toy.Scene) -> toy.Scene:
     """The scene that a mirrored image shows."""
-    return dataclasses.replace(scene, things=[dataclasses.replace(t, x=toy.SIZE - t.x) for t in scene.things])
+    return dataclasses.replace(scene, things=[dataclasses.replace(t, x=toy.SIZE - t.x, tilt=-t.tilt) for t in scene.things])
 
 
 def draw(seed: int, count: int, alone: float) -> tuple[torch.Tensor, list, np.ndarray]:
@@ -321,7 +319,7 @@ class Teacher(torch.nn.Module):
     """
 
     def __init__(self, end: int):
-        """`end`: the number of tokens, and the end token's id: for id 2 transformers' CLIP pools elsewhere."""
+        """`end`: the number of tokens, and the id of one more that ends a text (for id 2 transformers' CLIP pools at the largest id)."""
         super().__init__()
         self.mean, self.std, self.end, width = 0.5, 0.25, end, 128
         shared = dict(hidden_size=width, intermediate_size=512, num_attention_heads=4, projection_dim=width)
@@ -402,14 +400,14 @@ def read_out(Z: torch.Tensor, scenes: list, owners: np.ndarray, name: str) -> fl
     rows, targets, values = [], [], sorted({getattr(t, name) for s in scenes for t in s.things})
     for i, scene in enumerate(scenes):
         for j in range(64):
-            first = cells[i, j, 0]
-            if first < len(scene.things) and (cells[i, j] == first).mean() > 0.7:
+            owner = np.bincount(cells[i, j]).argmax()
+            if owner < len(scene.things) and (cells[i, j] == owner).mean() > 0.7:
                 rows.append((i, j))
-                targets.append(values.index(getattr(scene.things[first], name)))
+                targets.append(values.index(getattr(scene.things[owner], name)))
     index, y = torch.tensor(rows), torch.tensor(targets)
-    x, train = F.pad(Z[index[:, 0], index[:, 1]].double(), (0, 1), value=1.0), index[:, 0] < len(scenes) * 3 // 4
-    weights = torch.linalg.solve(x[train].T @ x[train] + torch.eye(x.shape[1]), x[train].T @ F.one_hot(y, len(values)).double()[train])
-    return ((x[~train] @ weights).argmax(1) == y[~train]).double().mean().item()
+    x, fit = F.pad(Z[index[:, 0], index[:, 1]].double(), (0, 1), value=1.0), index[:, 0] < len(scenes) * 3 // 4
+    weights = torch.linalg.solve(x[fit].T @ x[fit] + torch.eye(x.shape[1]), x[fit].T @ F.one_hot(y, len(values)).double()[fit])
+    return ((x[~fit] @ weights).argmax(1) == y[~fit]).double().mean().item()
 
 
 def save_vision(model: Teacher) -> None:

@@ -46,6 +46,14 @@ def assert_same(a, b, tolerance):
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=10 * tolerance)
 
 
+def test_low_precision_on_request(run, flags, straight, tmp_path):
+    """--dtype bfloat16 is said, taken, and gives about the same first loss."""
+    done = run("pretrain.py", *flags, "--steps", 1, "--dtype", "bfloat16", "--out", tmp_path)
+    assert done.returncode == 0 and ", bfloat16; " in done.stdout, done.stderr
+    first, low = log(straight)[1], log(tmp_path)[1]
+    assert low != first and abs(low - first) < 0.05 * first
+
+
 def test_overfitting_one_batch_lowers_both_losses(run, flags, tmp_path):
     done = run("pretrain.py", *flags, "--overfit", "--steps", 40, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
