@@ -463,9 +463,13 @@ def tokenize(conversations, tokenizer, prompt, image_tokens, max_length, where):
     return input_ids, labels
 
 
-def tokenize_prompt(question, tokenizer, prompt, image_tokens, where="question"):
-    """Token ids up to where the assistant begins to speak, for generation; arguments as in `tokenize`."""
-    turns = _check_turns([{"from": "human", "value": question}, {"from": "gpt", "value": ""}], image_tokens > 0, where)[:1]
+def tokenize_prompt(conversations, tokenizer, prompt, image_tokens, where="question"):
+    """Token ids up to where the assistant begins to speak, for generation; arguments as in `tokenize`, a last turn of the assistant's
+    is left out."""
+    asked = conversations
+    if isinstance(asked, list) and asked and isinstance(asked[-1], dict) and ROLES.get(asked[-1].get("from")) == "assistant":
+        asked = asked[:-1]
+    turns = _check_turns(asked and [*asked, {"from": "gpt", "value": ""}], image_tokens > 0, where)[:-1]
     return _encode_segments(_segments(turns, tokenizer, prompt, where), tokenizer, image_tokens)[0]
 
 

@@ -1,8 +1,10 @@
-"""The multimodal language model: vision encoder -> projector -> splice -> language model; checkpoints in and out.
+"""The multimodal language model: vision encoder -> projector -> splice -> language model; LoRA; checkpoints in and out.
 
     pixels (N, 3, S, S) --encoder, frozen--> Z (N, P_v, D_v) --projector, trained--> H (N, P, D) --+
                                                                                                    splice -> (B, T, D) -> LLM -> logits
-    token ids (B, T) ------------------- W, the LLM's own word embeddings (V, D), frozen ----------+
+    token ids (B, T) ------------------- W, the LLM's own word embeddings (V, D) ------------------+
+
+Stage 1 trains the projector alone, stage 2 the language model as well, all of it or low-rank factors beside its linear maps.
 
 The one legend of symbols, used in all files:
 
@@ -23,12 +25,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-from data import IGNORE, IMAGE_TOKEN, InputError
+from data import IGNORE, IMAGE_TOKEN, InputError, Records, read_records
 from kernels.patch_loss import cosine_loss, patch_loss
 from projector import PROJECTORS, output_grid
 
@@ -44,7 +47,9 @@ class PatchAlignedModel(nn.Module):
 
     config: vision, llm (folders or hub names), projector (a key of PROJECTORS), image_size (0: what the image processor says),
     geometry (pad | crop | stretch), feature_layer (index into the encoder's hidden states), prompt, coverage, tau,
-    patch_weight, patch_loss (softmax | cosine). Raises InputError when a backbone cannot be loaded.
+    patch_weight, patch_loss (softmax | cosine), centre_words (patch loss on W and H less the mean of W); after stage 2 also
+    tune (full | lora: what of the language model is trained) and, with lora, its rank, alpha, dropout and modules. Raises InputError
+    when a backbone cannot be loaded.
     """
 
     def __init__(self, config: dict, dtype: torch.dtype = torch.float32):
@@ -74,7 +79,18 @@ class PatchAlignedModel(nn.Module):
         resized = size != settings.image_size and "interpolate_pos_encoding" in takes
         self.encoder_options = {"interpolate_pos_encoding": True} if resized else {}
         self.projector = PROJECTORS[config["projector"]](settings.hidden_size, self.word_embeddings.shape[1])
+        self.words_centre = None                                                                     # mean of W, once it is needed
+        if config.get("tune"):
+            self.tune(config["tune"], config.get("lora"))
         self.train()
+
+    def tune(self, what: str, lora: dict | None = None) -> None:
+        """Make the language model trainable as well: full, or lora with the options of `add_lora`."""
+        self.config |= dict(tune=what) | (dict(lora=lora) if lora else {})
+        if what == "full":
+            self.llm.requires_grad_(True)
+        else:
+            add_lora(self.llm, **lora)
 
     @property
     def word_embeddings(self) -> torch.Tensor:
@@ -91,18 +107,26 @@ class PatchAlignedModel(nn.Module):
         """The token that fills up shorter samples; it is masked, so any will do."""
         return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
+    def records(self, path: str, image_dir: str, regions: str = "", max_length: int = 2048, require_image: bool = True) -> Records:
+        """The records of a file as samples for this model: its encoder's input, its grid, its tokenizer and prompt."""
+        config = self.config
+        return Records(read_records(path, regions or None), image_dir, self.tokenizer, image_size=config["image_size"],
+                       geometry=config["geometry"], grid=self.grid, mean=self.image_mean, std=self.image_std, prompt=config["prompt"],
+                       max_length=max_length, coverage=config["coverage"], require_image=require_image, source=path)
+
     def train(self, mode: bool = True):
         """Training mode for what is trained; the frozen backbones stay in evaluation mode, without dropout."""
         super().train(mode)
         self.encoder.eval()
-        if not any(p.requires_grad for p in self.llm.parameters()):
+        if not self.config.get("tune"):
             self.llm.eval()
         return self
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """The tensors that training changes, by name: what a checkpoint holds."""
+        """The tensors that training changes, by name: what a checkpoint holds. Where they are sharded, every rank must call this."""
         trained = {n for n, p in self.named_parameters() if p.requires_grad}
-        return {n: t.detach().cpu() for n, t in self.state_dict().items() if n in trained}
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self.state_dict().items() if n in trained}
+        return {n: t.detach().cpu() for n, t in whole.items()}
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -120,14 +144,18 @@ class PatchAlignedModel(nn.Module):
         return embeddings.masked_scatter(places[..., None], H.to(embeddings.dtype))
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
-        """Sums and counts of both losses over a batch from `data.collate`: divide once, after adding up batches and ranks.
+        """Sums and counts of the losses over a batch from `data.collate`: divide once, after adding up batches and ranks.
 
-        -> {caption_loss, caption_tokens, patch_loss, patches}. With patch_weight 0 the patch loss is measured but gives no gradient.
+        -> {caption_loss, caption_tokens: over all that the assistant says}, and in stage 1 {patch_loss, patches}. With patch_weight 0
+        the patch loss is measured but gives no gradient.
         """
-        config, W = self.config, self.word_embeddings
-        Z = self.encode(batch["pixel_values"])                                                       # (N, P_v, D_v)
+        config, pixels = self.config, batch["pixel_values"]
+        if len(pixels):
+            Z = self.encode(pixels)                                                                  # (N, P_v, D_v)
+        else:                                                                                        # text alone: any patch, used 0 times,
+            Z = torch.zeros(1, 1, self.encoder.config.hidden_size, device=self.device)               # gives the projector its gradient 0
         H = self.projector(Z)                                                                        # (N, P, D)
-        X = self.splice(batch["input_ids"], H)                                                       # (B, T, D)
+        X = self.splice(batch["input_ids"], H[: len(pixels)]) + 0 * H.sum().to(self.llm.dtype)       # (B, T, D)
 
         labels = batch["labels"]                                                                     # (B, T)
         first = max(1, int((labels != IGNORE).any(0).nonzero()[0]))                                  # no label before this position
@@ -135,14 +163,23 @@ class PatchAlignedModel(nn.Module):
         logits = self.llm(inputs_embeds=X, attention_mask=batch["attention_mask"], logits_to_keep=keep, use_cache=False).logits
         targets = labels[:, first:]                                                                  # (B, T - first)
         caption = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        sums = dict(caption_loss=caption, caption_tokens=(targets != IGNORE).sum())
+        return sums if config.get("tune") else sums | self.patch_sums(H, batch)
 
+    def patch_sums(self, H: torch.Tensor, batch: dict) -> dict[str, torch.Tensor]:
+        """{patch_loss, patches} of H (N, P, D): the sum over labelled patches and their number."""
+        config, W = self.config, self.word_embeddings
         rows = (H if config["patch_weight"] else H.detach()).flatten(0, 1)                           # (N P, D)
         ids, weights = batch["patch_ids"].flatten(0, 1), batch["patch_weights"].flatten(0, 1)        # (N P, K)
+        if config.get("centre_words"):
+            if self.words_centre is None:                                                            # W is frozen: once is enough
+                self.words_centre = W.float().mean(0)                                                # (D,)
+            rows, W = rows - self.words_centre, W - self.words_centre.to(W.dtype)
         if config["patch_loss"] == "cosine":
             patch, patches = cosine_loss(rows, W, ids, weights)
         else:
             patch, patches = patch_loss(rows, W, ids, weights, config["tau"])
-        return dict(caption_loss=caption, caption_tokens=(targets != IGNORE).sum(), patch_loss=patch, patches=patches)
+        return dict(patch_loss=patch, patches=patches)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], pixel_values: torch.Tensor, max_new_tokens: int = 64) -> list[str]:
@@ -158,6 +195,52 @@ class PatchAlignedModel(nn.Module):
                                   eos_token_id=self.tokenizer.eos_token_id)     # not the model's own, which may sample or penalise
         answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, generation_config=greedy)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRA(nn.Module):
+    """A frozen linear map with trained low-rank factors beside it: y = base(x) + alpha / rank * B A dropout(x) (Hu et al., ICLR 2022)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        self.A = nn.Parameter(torch.empty(rank, base.in_features))                                   # (rank, in), float32
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))                                  # (out, rank): starts without effect
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        low = F.linear(F.linear(self.dropout(x).to(self.A.dtype), self.A), self.B)
+        return self.base(x) + self.scale * low.to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base with the product of the factors added to its weight."""
+        self.base.weight += (self.scale * self.B @ self.A).to(self.base.weight.dtype)
+        return self.base
+
+
+def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, modules: list[str]) -> None:
+    """Freeze `llm` and put LoRA in the place of its linear maps with these names, [] for all but the output head. InputError: none has."""
+    llm.requires_grad_(False)
+    linear = {n: m for n, m in llm.named_modules() if isinstance(m, nn.Linear) and m is not llm.get_output_embeddings()}
+    chosen = [n for n in linear if not modules or n.rsplit(".", 1)[-1] in modules]
+    if not chosen or set(modules) - {n.rsplit(".", 1)[-1] for n in linear}:
+        names = sorted({n.rsplit(".", 1)[-1] for n in linear})
+        raise InputError(f"--lora-modules {' '.join(modules)}: choose from the language model's linear maps, {' '.join(names)}")
+    for name in chosen:
+        llm.set_submodule(name, LoRA(linear[name], rank, alpha, dropout))
+
+
+def merge_lora(model: PatchAlignedModel) -> None:
+    """Turn LoRA's factors into weights; from then on the model is like one that was tuned in full."""
+    for name, module in list(model.llm.named_modules()):
+        if isinstance(module, LoRA):
+            model.llm.set_submodule(name, module.merged())
+    model.llm.requires_grad_(True)
+    model.config = {k: v for k, v in model.config.items() if k != "lora"} | {"tune": "full"}
 
 
 # ----------------------------------------------------------------------------------------------------------------- backbones in
@@ -211,9 +294,10 @@ def processor_size(settings: dict) -> int:
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoints
 
-def save_checkpoint(path: Path, model: PatchAlignedModel, stage: str, metrics: dict) -> None:
-    """Write {stage, config, model, metrics, version}: tensors and plain values only. `path` is the caller's temporary file."""
-    torch.save(dict(stage=stage, config=model.config, model=model.trained_state(), metrics=metrics, version=VERSION), path)
+def save_checkpoint(path: Path, model: PatchAlignedModel, stage: str, metrics: dict, state: dict | None = None) -> None:
+    """Write {stage, config, model, metrics, version}: tensors and plain values only. `path` is the caller's temporary file; `state` what
+    `trained_state` returned, where it has been called before."""
+    torch.save(dict(stage=stage, config=model.config, model=state or model.trained_state(), metrics=metrics, version=VERSION), path)
 
 
 def read_checkpoint(path) -> dict:

@@ -10,7 +10,6 @@ writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume
 """
 import dataclasses
 import functools
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import runtime
 import toy
-from data import GEOMETRIES, IGNORE, PROMPTS, InputError, Records, StepSampler, collate, read_records
+from data import GEOMETRIES, IGNORE, PROMPTS, InputError, StepSampler, collate
 from kernels.patch_loss import default_impl, patch_loss
 from model import PatchAlignedModel, load_trained, save_checkpoint
 from projector import PROJECTORS
@@ -65,8 +64,12 @@ class Args:
     """softmax over the vocabulary, or the plain cosine pull"""
     patch_weight: float = 0.03
     """weight of the patch loss; 0 is the caption-only baseline"""
+    patch_schedule: str = field(default="constant", metadata={"choices": ["constant", "decay"]})
+    """decay: the weight falls linearly to 0 over the steps"""
     tau: float = 0.07
     """temperature of the softmax patch loss"""
+    centre_words: bool = False
+    """patch loss on word and patch embeddings less the mean word embedding"""
     steps: int = -1
     """optimizer updates; -1: one pass over the data (toy world: see toy.PRETRAIN)"""
     batch_size: int = 0
@@ -98,7 +101,8 @@ class Args:
 
 
 CONFIG = ("vision", "llm", "projector", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
-          "patch_loss")                                        # the flags that a checkpoint remembers: later stages need none of them
+          "patch_loss", "centre_words")                        # the flags that a checkpoint remembers: later stages need none of them
+FREE = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "val_every"}                        # these change no result
 
 
 def check(args: Args) -> Args:
@@ -116,10 +120,7 @@ def check(args: Args) -> Args:
         for name in ("image_dir", "regions", "val_data"):
             if getattr(args, name):
                 raise InputError(f"--{name.replace('_', '-')} needs --data; without it the toy world is used")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            toy.ensure()
-        runtime.barrier()
-        folder = toy.ensure()
+        folder = toy.ensure_once()
         steps, batch_size = toy.PRETRAIN["steps"], toy.PRETRAIN["batch_size"]
         args = dataclasses.replace(
             args, data=str(folder / "train.jsonl"), val_data=str(folder / "val.jsonl"), image_dir=str(folder / "images"),
@@ -137,27 +138,6 @@ def check_temperature(args: Args, model: PatchAlignedModel) -> None:
         raise InputError("--" + str(error).split(", or impl=")[0]) from None
 
 
-# ------------------------------------------------------------------------------------------------------------------------- data
-
-def make_dataset(args: Args, model: PatchAlignedModel, path: str, regions: str = "") -> Records:
-    """The records of a file, as this model's encoder, grid and tokenizer need them."""
-    return Records(read_records(path, regions or None), args.image_dir, model.tokenizer, image_size=model.config["image_size"],
-                   geometry=args.geometry, grid=model.grid, mean=model.image_mean, std=model.image_std, prompt=args.prompt,
-                   max_length=args.max_length, coverage=args.coverage, source=path)
-
-
-def make_loader(args: Args, dataset: Records, index_lists, pad_id: int, device: torch.device) -> DataLoader:
-    """Batches of the given lists of record indices, in order."""
-    workers = args.workers if args.workers >= 0 else 4 if device.type == "cuda" else 0
-    return DataLoader(dataset, batch_sampler=index_lists, collate_fn=functools.partial(collate, pad_id=pad_id),
-                      num_workers=workers, pin_memory=device.type == "cuda")
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch's tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 # ------------------------------------------------------------------------------------------------------------------- validation
 
 @torch.inference_mode()
@@ -166,16 +146,11 @@ def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device,
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in loader:
         with autocast:
-            sums = model(to_device(batch, device))
+            sums = model(runtime.to_device(batch, device))
         totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens", "patch_loss", "patches")])
     runtime.all_sum([totals := totals.to(device)])
     caption, tokens, patch, patches = totals.tolist()
-    return dict(val_caption_loss=mean(caption, tokens), val_patch_loss=mean(patch, patches))
-
-
-def mean(total: float, count: float) -> float | None:
-    """Their quotient; None, not a perfect loss of 0, where nothing was counted."""
-    return total / count if count else None
+    return dict(val_caption_loss=runtime.mean(caption, tokens), val_patch_loss=runtime.mean(patch, patches))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -194,28 +169,32 @@ def main(args: Args) -> None:
     check_temperature(args, model)
 
     # ---- data: which records each step takes is a function of the step alone, so resuming needs no loader state
-    dataset = make_dataset(args, model, args.data, args.regions)
+    dataset = model.records(args.data, args.image_dir, args.regions, args.max_length)
+    batched = functools.partial(collate, pad_id=model.pad_id)
     sampler = StepSampler(len(dataset), args.batch_size, args.seed, rank, world)
     steps = args.steps if args.steps >= 0 else max(1, len(dataset) // args.batch_size)
     share = args.batch_size // world
     micro = min(args.micro_batch or share, share)
     validation = None
     if args.val_data:
-        held_out = make_dataset(args, model, args.val_data)
+        held_out = model.records(args.val_data, args.image_dir, max_length=args.max_length)
         own = list(range(rank, len(held_out), world))
-        validation = make_loader(args, held_out, [own[i: i + micro] for i in range(0, len(own), micro)], model.pad_id, device)
+        validation = runtime.loader(held_out, [own[i: i + micro] for i in range(0, len(own), micro)], batched, args.workers, device)
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     first = 0
     if args.resume:
-        first = resume(out / "resume.pt", args, model, optimizer)
+        state = runtime.load_resume(out / "resume.pt", args, FREE, InputError)
+        load_trained(model, state["model"], out / "resume.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
     elif rank == 0:
         (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
     metrics = runtime.Metrics(out / "metrics.jsonl", first)
     shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
     index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
-    batches = iter(make_loader(args, dataset, index_lists, model.pad_id, device))
+    batches = iter(runtime.loader(dataset, index_lists, batched, args.workers, device))
     annotated = sum(bool(r.get("regions")) for r in dataset.records)
     implementation = default_impl(model.word_embeddings) if args.patch_loss == "softmax" else "plain torch"
     runtime.log(f"{len(dataset)} records, {annotated} with regions; "
@@ -238,10 +217,11 @@ def main(args: Args) -> None:
         runtime.all_sum([counts])
         tokens, patches = counts.tolist()
         totals = torch.zeros(2, dtype=torch.float32, device=device)                                  # caption, patch: sums
+        weight = args.patch_weight * (1 - step / steps if args.patch_schedule == "decay" else 1)
         for batch in accumulated:
             with autocast:
-                sums = model(to_device(batch, device))
-            loss = sums["caption_loss"] / tokens + args.patch_weight * sums["patch_loss"] / max(patches, 1)
+                sums = model(runtime.to_device(batch, device))
+            loss = sums["caption_loss"] / tokens + weight * sums["patch_loss"] / max(patches, 1)
             loss.backward()
             totals += torch.stack([sums["caption_loss"].detach(), sums["patch_loss"].detach()])
         runtime.all_sum([p.grad for p in parameters] + [totals])                                     # sums, not means: counts are global
@@ -251,7 +231,7 @@ def main(args: Args) -> None:
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
-            caption, patch = mean(totals[0].item(), tokens), mean(totals[1].item(), patches)
+            caption, patch = runtime.mean(totals[0].item(), tokens), runtime.mean(totals[1].item(), patches)
             metrics.write(done, caption_loss=caption, patch_loss=patch, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                           samples_per_second=(done - first) * args.batch_size / (time.time() - began))
             progress.set_postfix(caption=caption, patch=patch)
@@ -260,7 +240,7 @@ def main(args: Args) -> None:
             metrics.write(done, **result)
             runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
         if done % args.save_every == 0 or done == steps:
-            save_resume(out / "resume.pt", args, model, optimizer, done)
+            runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(), optimizer=optimizer.state_dict())
 
     # ---- save
     if validation and not result:
@@ -269,33 +249,6 @@ def main(args: Args) -> None:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
     runtime.log(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}")
-
-
-def save_resume(path: Path, args: Args, model: PatchAlignedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Training state after `step` updates, on rank 0; the data position is the step itself."""
-    if runtime.rank() == 0:
-        with runtime.atomic(path) as temporary:
-            torch.save(dict(step=step, args=dataclasses.asdict(args), model=model.trained_state(), optimizer=optimizer.state_dict(),
-                            rng=torch.get_rng_state()), temporary)
-
-
-def resume(path: Path, args: Args, model: PatchAlignedModel, optimizer: torch.optim.Optimizer) -> int:
-    """Load `save_resume`'s file into model and optimizer -> the step to go on from. InputError: no file, or other flags than then."""
-    if not path.is_file():
-        raise InputError(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                                                                # truncated or foreign
-        raise InputError(f"--resume: {path} cannot be read; start again without --resume") from None
-    free = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "val_every"}                    # these change no result
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
-    if changed:
-        raise InputError(f"--resume: {path} was written with {', '.join(changed)}; use the same flags")
-    load_trained(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    runtime.log(f"resumed {path} at step {state['step']}")
-    return state["step"]
 
 
 if __name__ == "__main__":

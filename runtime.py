@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -34,8 +35,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, doc: str, argv: list[str] | None = None):
     """Command line -> instance of the dataclass `cls`: a flag per field, its default the field's, its help the string below the field.
 
-    Booleans become --x/--no-x, `list[str]` fields with metadata {"positional": True} positional arguments, metadata {"choices": ...}
-    a closed set. An unknown flag or a bad value prints one line and exits with status 2.
+    Booleans become --x/--no-x, `list[str]` fields flags that take several values, fields with metadata {"positional": True} positional
+    arguments, metadata {"choices": ...} a closed set. An unknown flag or a bad value prints one line and exits with status 2.
     """
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     helps = {a.target.id: b.value.value for a, b in zip(body, body[1:])
@@ -47,10 +48,13 @@ def parse(cls, doc: str, argv: list[str] | None = None):
         if f.metadata.get("positional"):
             parser.add_argument(f.name, nargs="+" if types[f.name] == list[str] else None, help=text)
             continue
-        shown = f.default if f.default != "" else "none"
-        options = dict(default=f.default, help=f"{text} (default: {shown})".replace("%", "%%"), dest=f.name)
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        shown = default if default not in ("", []) else "none"
+        options = dict(default=default, help=f"{text} (default: {shown})".replace("%", "%%"), dest=f.name)
         if types[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif types[f.name] == list[str]:
+            options["nargs"] = "+"
         else:
             options |= dict(type=types[f.name], choices=f.metadata.get("choices"))
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
@@ -114,12 +118,35 @@ def barrier() -> None:
 
 
 def all_sum(tensors: list[torch.Tensor]) -> None:
-    """Sum each tensor over all ranks, in place, in one message."""
-    if world() > 1:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
+    """Sum each tensor over all ranks, in place; small ones share a message."""
+    while world() > 1 and tensors:
+        ends = itertools.accumulate(t.numel() for t in tensors)
+        many = max(1, sum(end <= 2**26 for end in ends))
+        flat = torch.cat([t.reshape(-1) for t in tensors[:many]])
         dist.all_reduce(flat)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors[:many]])):
             t.copy_(part.view_as(t))
+        tensors = tensors[many:]
+
+
+# --------------------------------------------------------------------------------------------------------------- batches and means
+
+
+def loader(dataset, index_lists, collate, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
+    """Batches of the given lists of record indices, in order; `workers` -1: 4 processes on a GPU, none on a CPU."""
+    workers = workers if workers >= 0 else 4 if device.type == "cuda" else 0
+    return torch.utils.data.DataLoader(dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=workers,
+                                       pin_memory=device.type == "cuda", generator=torch.Generator())   # torch's own is dropout's alone
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch's tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def mean(total: float, count: float) -> float | None:
+    """Their quotient; None, not a perfect loss of 0, where nothing was counted."""
+    return total / count if count else None
 
 
 # --------------------------------------------------------------------------------------------------------------------- schedule
@@ -149,6 +176,33 @@ def atomic(path):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def save_resume(path: Path, args, step: int, **state) -> None:
+    """Training state after `step` updates, on rank 0: whatever is given, the flags, and torch's random state. The data position is the
+    step itself."""
+    if rank() == 0:
+        with atomic(path) as temporary:
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            torch.save(dict(state, step=step, args=dataclasses.asdict(args), rng=torch.get_rng_state(), cuda_rng=cuda), temporary)
+
+
+def load_resume(path: Path, args, free: set[str], bad_input: type[Exception]) -> dict:
+    """What `save_resume` wrote; torch's random state is set again. `free`: flags that may differ. `bad_input`: no file, or other flags."""
+    if not path.is_file():
+        raise bad_input(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                    # truncated or foreign
+        raise bad_input(f"--resume: {path} cannot be read; start again without --resume") from None
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
+    if changed:
+        raise bad_input(f"--resume: {path} was written with {', '.join(changed)}; use the same flags")
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    log(f"resumed {path} at step {state['step']}")
+    return state
 
 
 def log(*text) -> None:

@@ -5,19 +5,24 @@
 
 A scene is a named background with two to four objects, each of one colour, one texture and one shape, that may hide parts of each
 other; so every patch is named by two or more words. Images are 96 x 96 pixels, masks are exact, splits come from disjoint seeds.
+Every scene of `hard` holds a combination of colour and shape that no other split has; in `distract`, what an expression refers to
+overlaps an object that shares a word with it.
 
 reads:  nothing (backbones/ is committed; --train-backbones rewrites it)
 writes: data/toy/images/*.png
-        data/toy/{train,val,test}.jsonl             captions and regions                (the records of data.py)
-        data/toy/{train,val,test}_vqa.jsonl         questions, one kind each            (with "task", "kind", "answer")
-        data/toy/{train,val,test}_refer.jsonl       referring expressions, their boxes  (with "task", "answer" in pixels)
+        data/toy/{train,val,test,hard}.jsonl        captions and regions               (pretrain.py, probe.py)
+        data/toy/{train,val}_sft.jsonl              conversations of several turns     (sft.py)
+        data/toy/{test,hard}_{vqa,refer,instruct}.jsonl, distract_refer.jsonl          (eval.py; with "task", "kind", "answer")
         backbones/toy-clip, backbones/toy-llama     Hugging Face folders, half precision; backbones/report.json, what they reach
 """
 import json
 import math
+import os
+import re
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,10 +35,12 @@ import runtime
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data" / "toy"
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
-VERSION = 2                                        # of the data: a folder of another version is rebuilt
-SPLITS = {"train": 4096, "val": 256, "test": 300}  # images
+VERSION = 3                                        # of the data: a folder of another version is rebuilt
+SPLITS = {"train": 4096, "val": 256, "test": 300, "hard": 300, "distract": 300}                    # images
+TALKS = 1                                          # conversations about an image, for sft.py
 PRETRAIN = {"steps": 500, "batch_size": 32}       # of pretrain.py when it is started without --data
-SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25}  # scene i of a split: seed + i
+SFT = {"steps": 600, "batch_size": 32, "lr": 1e-3, "projector_lr": 1e-3, "prompt": "chat"}         # of sft.py, likewise
+SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "hard": 3 << 24, "distract": 5 << 24}        # scene i of a split: seed + i
 
 
 @dataclass
@@ -56,6 +63,7 @@ COLORS = {"red": (215, 40, 40), "orange": (245, 140, 30), "yellow": (240, 220, 5
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 BACKGROUNDS = ("grass", "sand", "water", "bricks", "wood", "snow", "stones", "carpet")
+HELD_OUT = set(zip(COLORS, SHAPES))                # colour and shape: together in `hard` alone
 LIGHTS = {"bright": 1.15, "dark": 0.55}            # a background's brightness
 OUTLINE = (15, 15, 15)                             # every object's, so that its shape does not drown in textures
 
@@ -98,8 +106,8 @@ class Scene:
     things: list
 
 
-def sample_scene(rng) -> Scene:
-    """A random scene whose objects overlap a little and stay inside the image."""
+def sample_scene(rng, fits=lambda scene: True) -> Scene:
+    """A random scene that `fits`, whose objects overlap a little and stay inside the image."""
     while True:
         things = []
         for _ in range(rng.integers(3, 7)):
@@ -109,7 +117,23 @@ def sample_scene(rng) -> Scene:
                 things.append(Thing(str(rng.choice(list(COLORS))), str(rng.choice(TEXTURES)), str(rng.choice(SHAPES)), x, y, r,
                                     rng.uniform(-0.35, 0.35)))
         if 2 <= len(things) <= 4:
-            return Scene(str(rng.choice(list(LIGHTS))), str(rng.choice(BACKGROUNDS)), things)
+            scene = Scene(str(rng.choice(list(LIGHTS))), str(rng.choice(BACKGROUNDS)), things)
+            if fits(scene):
+                return scene
+
+
+def unheard_of(scene: Scene) -> bool:
+    """Whether the scene holds a combination that only `hard` may show."""
+    return any((t.color, t.shape) in HELD_OUT for t in scene.things)
+
+
+def distracted(scene: Scene, thing: Thing) -> bool:
+    """Whether an object that shares a colour or a shape with `thing` overlaps it."""
+    return any(o is not thing and (o.color == thing.color or o.shape == thing.shape)
+               and math.hypot(o.x - thing.x, o.y - thing.y) < 0.9 * (o.radius + thing.radius) for o in scene.things)
+
+
+FITS = {"hard": unheard_of, "distract": lambda s: not unheard_of(s) and any(distracted(s, t) for t in s.things)}
 
 
 def shape_mask(thing: Thing) -> np.ndarray:
@@ -187,17 +211,24 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
+def visible(scene: Scene) -> list[np.ndarray]:
+    """What is to be seen of each object, then of the background: masks (SIZE, SIZE) bool, each pixel in one of them."""
+    owner = np.full((SIZE, SIZE), len(scene.things))
+    for i, thing in enumerate(scene.things):
+        owner[shape_mask(thing)] = i
+    return [owner == i for i in range(len(scene.things) + 1)]
+
+
 def render(scene: Scene, rng) -> tuple[np.ndarray, list[np.ndarray]]:
     """Pixels (SIZE, SIZE, 3) uint8 and the visible masks (SIZE, SIZE) bool: one per object, then the background's."""
-    pixels, owner = background_pixels(scene.background, rng) * LIGHTS[scene.light], np.full((SIZE, SIZE), len(scene.things))
-    for i, thing in enumerate(scene.things):
+    pixels = background_pixels(scene.background, rng) * LIGHTS[scene.light]
+    for thing in scene.things:
         mask, color = shape_mask(thing), np.array(COLORS[thing.color], float)
         second = color * 0.45 if color.mean() > 60 else color + 110
         pixels[mask] = np.where(texture_mask(thing.texture, rng)[..., None], second, color)[mask]
         pixels[outline(mask)] = OUTLINE
-        owner[mask] = i
     pixels += rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, 3)                          # sensor noise, white balance
-    return pixels.clip(0, 255).astype(np.uint8), [owner == i for i in range(len(scene.things) + 1)]
+    return pixels.clip(0, 255).astype(np.uint8), visible(scene)
 
 
 # ------------------------------------------------------------------------------------------------------------------- language
@@ -248,7 +279,8 @@ def questions(scene: Scene, rng) -> list[tuple[str, str, str]]:
     color, shape = t.color, t.shape
     if rng.random() < 0.5:                                               # a near miss: one attribute drawn anew
         color, shape = (str(rng.choice(list(COLORS))), shape) if rng.random() < 0.5 else (color, str(rng.choice(SHAPES)))
-    out.append(("existence", f"Is there {article(f'{color} {shape}')}?", "yes" if (color, shape) in zip(colors, shapes) else "no"))
+    if (color, shape) in zip(colors, shapes) or (color, shape) not in HELD_OUT:                         # else always no, until `hard`
+        out.append(("existence", f"Is there {article(f'{color} {shape}')}?", "yes" if (color, shape) in zip(colors, shapes) else "no"))
     if len(unique) >= 2:
         a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
         relation = str(rng.choice(list(RELATIONS)))
@@ -270,34 +302,126 @@ def referring(scene: Scene, rng) -> list[tuple[int, str]]:
     return out
 
 
+def referred(scene: Scene, masks: list, rng) -> dict[int, tuple[str, list[int]]]:
+    """{object: (expression, pixel box of its visible part)} for `referring`'s objects that are not all but hidden."""
+    boxes = {}
+    for index, expression in referring(scene, rng):
+        ys, xs = np.nonzero(masks[index])
+        if len(xs) >= 40:
+            boxes[index] = (expression, [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1])
+    return boxes
+
+
 def box_text(box) -> str:
-    """A pixel box as language: the four numbers relative to the image's side, two decimals."""
-    return "[" + ", ".join(f"{v / SIZE:.2f}" for v in box) + "]"
+    """A pixel box as language: the four numbers relative to the image's side, two decimals, [.12 .30 .45 .62]: short and without a
+    leading 0, so that a small model need not tell four equal beginnings apart."""
+    return "[" + " ".join(f".{min(99, round(100 * v / SIZE)):02d}" for v in box) + "]"
 
 
 REFER = "Give the bounding box of: {}"
 
 
+def full_box(t: Thing) -> list[float]:
+    """Roughly the object's box before others hide it, for texts about scenes that are never drawn."""
+    return [max(0, t.x - t.radius), max(0, t.y - t.radius), min(SIZE, t.x + t.radius), min(SIZE, t.y + t.radius)]
+
+
+def description(scene: Scene, rng, boxes: bool = False) -> str:
+    """The scene in words: objects in random order with their places or boxes, then the background."""
+    parts = [f"{article(t.phrase)} {box_text(full_box(t)) if boxes else f'at the {t.place}'}"
+             for t in (scene.things[i] for i in rng.permutation(len(scene.things)))]
+    return ", ".join(parts) + f", on {scene.light} {scene.background}."
+
+
+def instructions(scene: Scene, rng) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(kind, turns of (request, answer)) that ask for a form of answer or refer back; the last answer is the one to be judged."""
+    out, things, asked = [], scene.things, {kind: (question, answer) for kind, question, answer in questions(scene, rng)}
+    said = {kind: asked[kind] for kind in ("color", "texture", "shape", "background") if kind in asked}
+    kinds = list(said)
+    question, answer = said[kinds[rng.integers(len(kinds))]]
+    out.append(("one_word", [(f"{question} Answer with one word.", answer)]))
+    kind = kinds[rng.integers(len(kinds))]
+    question, answer = said[kind]
+    subject = "background" if kind == "background" else question.split(" the ")[1].removesuffix("?").removesuffix(" have")
+    told = article(answer) if kind == "shape" else answer
+    out.append(("sentence", [(f"{question} Answer with a sentence.", f"The {subject} is {told}.")]))
+    kind = kinds[rng.integers(len(kinds))]
+    question, answer = said[kind]
+    values = {"color": list(COLORS), "texture": list(TEXTURES), "shape": list(SHAPES), "background": list(BACKGROUNDS)}[kind]
+    options = [answer, *rng.permutation([v for v in values if v != answer])[:3]]
+    options = [str(options[i]) for i in rng.permutation(4)]
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options))
+    out.append(("choice", [(f"{question}{listed}\nAnswer with the letter.", "ABCD"[options.index(answer)])]))
+    shapes = [t.shape for t in things]
+    unique = [t for t in things if shapes.count(t.shape) == 1]
+    if unique:
+        t = unique[rng.integers(len(unique))]
+        first = [(f"What color is the {t.shape}?", t.color), (f"What texture does the {t.shape} have?", t.texture)]
+        then = [("What texture does it have?", t.texture), ("What color is it?", t.color)]
+        i = rng.integers(2)
+        out.append(("follow_up", [first[i], then[i]]))
+        t = unique[rng.integers(len(unique))]
+        out.append(("describe", [(f"Describe the {t.shape}.", article(t.phrase))]))
+    across = sorted(things, key=lambda t: t.x)
+    if all(b.x - a.x > 8 for a, b in zip(across, across[1:])):
+        out.append(("list", [("List the colors of the objects from left to right.", ", ".join(t.color for t in across))]))
+    return out
+
+
+def conversation(scene: Scene, boxes: list[tuple[str, list]], rng) -> list[tuple[str, str]]:
+    """Up to eight turns about one scene, in random order. None whose answer an earlier turn has already said, unless it is a yes, a no or a
+    number: the answers are to be seen in the image, not read in the conversation. boxes: (expression, its box in pixels)."""
+    pool = [[(question, answer)] for _, question, answer in questions(scene, rng)]
+    pool += [turns for _, turns in instructions(scene, rng)]
+    pool += [[(REFER.format(expression), box_text(box))] for expression, box in boxes] * 2             # the hardest, so the most often
+    if rng.random() < 0.5:
+        pool.append([("Describe the image.", caption(scene, rng))])
+    turns, said = [], set()
+    for asked in (pool[i] for i in rng.permutation(len(pool))):
+        text = " ".join(part for turn in asked for part in turn)
+        answers = set(re.findall("[a-z]+", " ".join(answer for _, answer in asked))) & SAID
+        if len(turns) + len(asked) <= 8 and not answers & said and all(q not in dict(turns) for q, _ in asked):
+            turns += asked
+            said |= set(re.findall("[a-z]+", text))
+    return turns
+
+
+SAID = {*COLORS, *TEXTURES, *SHAPES, *BACKGROUNDS}
+
+
 # --------------------------------------------------------------------------------------------------------------------- the data
 
-def record(name: str, suffix: str, question: str, said: str, **more) -> dict:
-    """A LLaVA record about the image `name`, with one turn."""
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": said}]
-    return {"id": name + suffix, "image": f"{name}.png", "conversations": turns, **more}
+def record(name: str, suffix: str, turns: list[tuple[str, str]], image: bool = True, **more) -> dict:
+    """A LLaVA record about the image `name`, with turns of (request, answer)."""
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]
+    said[0]["value"] = "<image>\n" * image + said[0]["value"]
+    return {"id": name + suffix, **({"image": f"{name}.png"} if image else {}), "conversations": said, **more}
 
 
-def scene_records(name: str, scene: Scene, masks: list, rng) -> dict[str, list]:
-    """All records of one image: its caption with regions, its questions, its referring expressions, by suffix of their file."""
+def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict[str, list]:
+    """All records of one image, by suffix of their file: its caption with regions; its conversation, and one about another scene that is
+    only told in words; its questions, referring expressions and instructions one by one."""
     names = [article(t.phrase) for t in scene.things] + [f"{scene.light} {scene.background}"]
     regions = [{"phrase": p, "rle": data.encode_rle(m)} for p, m in zip(names, masks) if m.any()]
-    out = {"": [record(name, "", "Describe the image.", caption(scene, rng), regions=regions)],
-           "_vqa": [record(name, f"_{kind}", question, answer, task="vqa", kind=kind, answer=answer)
-                    for kind, question, answer in questions(scene, rng)],
-           "_refer": []}
-    for index, expression in referring(scene, rng):
-        ys, xs = np.nonzero(masks[index])
-        box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
-        out["_refer"].append(record(name, f"_refer{index}", REFER.format(expression), box_text(box), task="refer", answer=box))
+    boxes = referred(scene, masks, rng)
+    refers = [record(name, f"_refer{i}", [(REFER.format(expression), box_text(box))], task="refer", answer=box)
+              for i, (expression, box) in boxes.items() if split != "distract" or distracted(scene, scene.things[i])]
+    if split == "distract":
+        return {"_refer": refers}
+    out = {"": [record(name, "", [("Describe the image.", caption(scene, rng))], regions=regions)]}
+    if split in ("train", "val"):
+        out["_sft"] = [record(name, f"_talk{i}", conversation(scene, list(boxes.values()), rng)) for i in range(TALKS)]
+        if rng.random() < 0.25:                                          # text alone, so that the language model stays one
+            told = sample_scene(rng, lambda scene: not unheard_of(scene))
+            turns = [(q, a) for kind, q, a in questions(told, rng) if kind != "relation"]
+            turns[0] = (f"{description(told, rng)} {turns[0][0]}", turns[0][1])
+            out["_sft"].append(record(name, "_text", turns, image=False))
+    else:
+        out["_refer"] = refers
+        out["_vqa"] = [record(name, f"_{kind}", [(question, answer)], task="vqa", kind=kind, answer=answer)
+                       for kind, question, answer in questions(scene, rng)]
+        out["_instruct"] = [record(name, f"_{kind}", turns, task="choice" if kind == "choice" else "vqa", kind=kind, answer=turns[-1][1])
+                            for kind, turns in instructions(scene, rng)]
     return out
 
 
@@ -308,14 +432,14 @@ def build(folder: Path) -> None:
         temporary = Path(parent) / folder.name
         (temporary / "images").mkdir(parents=True)
         for split, count in SPLITS.items():
-            lines = {"": [], "_vqa": [], "_refer": []}
+            lines = defaultdict(list)
             for i in range(count):
                 rng = np.random.default_rng(SEEDS[split] + i)
-                scene = sample_scene(rng)
+                scene = sample_scene(rng, FITS.get(split, lambda scene: not unheard_of(scene)))
                 pixels, masks = render(scene, rng)
                 name = f"{split}_{i:05d}"
                 Image.fromarray(pixels).save(temporary / "images" / f"{name}.png", compress_level=1)
-                for suffix, records in scene_records(name, scene, masks, rng).items():
+                for suffix, records in scene_records(name, split, scene, masks, rng).items():
                     lines[suffix] += [json.dumps(r) + "\n" for r in records]
             for suffix, text in lines.items():
                 (temporary / f"{split}{suffix}.jsonl").write_text("".join(text))
@@ -344,6 +468,14 @@ def ensure(folder: Path = DATA) -> Path:
         build(folder)
         runtime.log(f"toy world: wrote {sum(SPLITS.values())} scenes to {folder} in {time.time() - began:.0f} s")
     return folder
+
+
+def ensure_once() -> Path:
+    """`ensure` for all processes of a torchrun: the first of each machine builds the folder while the others wait."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        ensure()
+    runtime.barrier()
+    return ensure()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main

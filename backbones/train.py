@@ -10,6 +10,7 @@ writes: backbones/toy-llama (tokenizer and language model), backbones/toy-clip (
 import dataclasses
 import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import toy
 
 SEED, TEST_SEED = 1 << 26, 1 << 27                 # far from the data's own, so that no image of a split is ever seen here
 BUDGET = {"tokenizer": 20_000, "images": 40_000,                        # texts, images
-          "vision": 2000, "drills": 600, "texts": 3300, "restated": 1400}                             # optimizer steps
+          "vision": 3200, "drills": 400, "texts": 3000, "restated": 400}                              # optimizer steps
 
 
 def train(part: str) -> dict:
@@ -43,17 +44,21 @@ def train(part: str) -> dict:
 
 
 def optimise(model: torch.nn.Module, loss_of_step: Callable[[int], torch.Tensor], steps: int, rate: float, name: str) -> None:
-    """AdamW with warm-up and cosine decay over `loss_of_step(step)`."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: runtime.cosine(s, steps, steps // 20))
+    """Muon for the matrices of the blocks, AdamW for the rest, with warm-up and cosine decay over `loss_of_step(step)`, in bfloat16."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, 2 * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=0.05)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: runtime.cosine(s, steps, steps // 20)) for o in optimizers]
     progress = tqdm(range(steps), desc=name, mininterval=10)
     for step in progress:
-        loss = loss_of_step(step)
-        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of_step(step)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
@@ -64,18 +69,6 @@ def pad(rows: list[list]) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------------ texts
-
-def full_box(t: toy.Thing) -> list[float]:
-    """Roughly the object's box before others hide it, for texts about scenes that are never drawn."""
-    return [max(0, t.x - t.radius), max(0, t.y - t.radius), min(toy.SIZE, t.x + t.radius), min(toy.SIZE, t.y + t.radius)]
-
-
-def description(scene: toy.Scene, rng, boxes: bool) -> str:
-    """The scene in words: objects in random order with their places or boxes, then the background."""
-    parts = [f"{toy.article(t.phrase)} {toy.box_text(full_box(t)) if boxes else f'at the {t.place}'}"
-             for t in (scene.things[i] for i in rng.permutation(len(scene.things)))]
-    return ", ".join(parts) + f", on {scene.light} {scene.background}."
-
 
 def relations(scene: toy.Scene, rng) -> Iterator[tuple[str, str, str]]:
     """Spatial questions whose answer the described places tell: the shapes are unique and their cells differ in that direction."""
@@ -93,7 +86,7 @@ def asked(scene: toy.Scene, rng, boxes: bool) -> list[tuple[str, str, str]]:
     own = {q: (kind, q, a) for _ in range(4) for kind, q, a in toy.questions(scene, rng) if kind != "relation"}
     more = list(relations(scene, rng))
     if boxes:                                                            # in place of places
-        more = [("box", toy.REFER.format(e), toy.box_text(full_box(scene.things[i]))) for i, e in toy.referring(scene, rng)]
+        more = [("box", toy.REFER.format(e), toy.box_text(toy.full_box(scene.things[i]))) for i, e in toy.referring(scene, rng)]
     else:
         for key, noun in (("shape", "the {}"), ("color", "the {} object")):
             values = [getattr(t, key) for t in scene.things]
@@ -149,24 +142,50 @@ def drill(rng, count: int, boxes: bool) -> Text:
     return Text(",".join(listed), [turns[i] for i in rng.permutation(count)], apart=False)
 
 
+def grid(scene: toy.Scene, masks: list, rng) -> str:
+    """The scene as 8 x 8 words, row by row: each names something that covers a quarter or more of its cell, as a patch label would."""
+    share = np.stack([m.reshape(8, 12, 8, 12).mean((1, 3)) for m in masks])                                   # (objects + 1, 8, 8)
+    names = [t.phrase.split() for t in scene.things] + [[scene.light, scene.background]]
+    cells = [[w for i in np.nonzero(share[:, y, x] >= 0.25)[0] for w in names[i]] for y in range(8) for x in range(8)]
+    return " ".join(str(rng.choice(words)) for words in cells)
+
+
+def beside(turns: list[tuple[str, str]], opening: str = " ") -> tuple[str, str]:
+    """Turns of one request as what is asked, up to where the last answer begins, and that answer."""
+    *earlier, (request, answer) = turns
+    return opening + "".join(f"{q} ASSISTANT: {a}</s>USER: " for q, a in earlier) + f"{request} ASSISTANT:", f" {answer}</s>"
+
+
 def sample_text(rng, restate: bool = False) -> Text:
-    """A caption alone, or a scene in words and then questions about it, and what a caption of it would be. With `restate`,
-    also the turns of `restated`."""
-    scene = toy.sample_scene(rng)
-    if rng.random() < 0.15:
+    """A caption alone, or a scene in words or as a grid of words, and then questions and requests about it, and what a caption of it would
+    be. With `restate`, also the turns of `restated`."""
+    scene, share = toy.sample_scene(rng), rng.random()
+    if share < 0.1:
         return Text("", [("caption", "", toy.caption(scene, rng) + "</s>")])
-    boxes = rng.random() < 0.25
-    turns = asked(scene, rng, boxes) + ([("caption", "Describe the image.", toy.caption(scene, rng))] if rng.random() < 0.4 else [])
-    turns = [turns[i] for i in rng.permutation(len(turns))]
+    said = [("caption", [("Describe the image.", toy.caption(scene, rng))])] if rng.random() < 0.4 else []
+    if share < 0.55:
+        masks = toy.visible(scene)
+        boxes = list(toy.referred(scene, masks, rng).values())
+        said += [(f"grid {kind}", [(q, a)]) for kind, q, a in toy.questions(scene, rng)]
+        said += [("grid box", [(toy.REFER.format(e), toy.box_text(box))]) for e, box in boxes]
+        said += [(f"grid {kind}", turns) for kind, turns in toy.instructions(scene, rng)]
+        return Text(f"USER: {grid(scene, masks, rng)}", [(kind, *beside(turns, "\n")) for kind, turns in said])
+    boxes = rng.random() < 0.3
+    turns = [(kind, [(q, a)]) for kind, q, a in asked(scene, rng, boxes)] + said
     if apart := rng.random() < 0.8:
-        turns = [(kind, f" {question} ASSISTANT:", f" {answer}</s>") for kind, question, answer in turns]
+        turns += [(kind, turns) for kind, turns in toy.instructions(scene, rng) if kind != "list"]
+        turns = [(kind, *beside(turns)) for kind, turns in turns]
         turns += restated(scene, rng, boxes) if restate else []
     else:
-        turns = [(kind, f"{'USER:' if i else ''} {q} ASSISTANT:", f" {a}</s>") for i, (kind, q, a) in enumerate(turns[:4])]
-    return Text(f"USER: {description(scene, rng, boxes)}", turns, apart)
+        turns = [turns[i] for i in rng.permutation(len(turns))[:4]]
+        turns = [(kind, *beside(turns, "USER: " if i else " ")) for i, (kind, turns) in enumerate(turns)]
+    return Text(f"USER: {toy.description(scene, rng, boxes)}", turns, apart)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer, language model
+
+CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} {{ m.content }}{{ eos_token }}"
+        "{% endif %}{% if m.role == 'user' and (not loop.last or add_generation_prompt) %} ASSISTANT:{% endif %}{% endfor %}")
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer on made texts, with Llama's special tokens; saved into the language model's folder."""
@@ -179,6 +198,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = CHAT
     fast.save_pretrained(toy.LLM)
     return fast
 
@@ -265,21 +285,34 @@ def train_llm(tokenizer) -> dict:
 
 @torch.no_grad()
 def exact_answers(model: LlamaForCausalLM, tokenizer) -> dict[str, float]:
-    """The share of answers whose every token is the likeliest, by kind of question about unseen described scenes."""
+    """The share of answers whose every token is the likeliest, by kind of question about unseen scenes, told in sentences or in a grid; of
+    boxes found in a grid, the share with an intersection over union of a half."""
     right, count = defaultdict(int), defaultdict(int)
     for i in range(8):
         rng = np.random.default_rng([TEST_SEED, i])
         inputs, _, kinds = encode(tokenizer, [text for text in (sample_text(rng) for _ in range(80)) if text.apart])
-        hit = model(**inputs).logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]                   # t + 1 from 0..t
-        for named, hits in zip(kinds, hit.tolist()):
+        said, ids = model(**inputs).logits[:, :-1].argmax(-1), inputs["input_ids"][:, 1:]                # t + 1 from 0..t
+        for row, named in enumerate(kinds):
             at = 1
             for kind, run in itertools.groupby(named[1:]):
                 length = len(list(run))
-                if kind not in ("", "caption"):                          # a caption has no single right wording
-                    count[kind] += 1
-                    right[kind] += all(hits[at - 1: at - 1 + length])
-                at += length
+                span, at = slice(at - 1, at - 1 + length), at + length
+                if kind in ("", "caption"):                              # a caption has no single right wording
+                    continue
+                count[kind] += 1
+                if kind == "grid box":
+                    boxes = [[float(n) for n in re.findall(r"\.\d\d", tokenizer.decode(x[row, span]))] for x in (said, ids)]
+                    right[kind] += len(boxes[0]) == 4 and overlap(*boxes) >= 0.5
+                else:
+                    right[kind] += bool((said[row, span] == ids[row, span]).all())
     return {kind: right[kind] / count[kind] for kind in sorted(count)}
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    """Intersection over union of two boxes."""
+    width, height = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    area = sum(max(0, x[2] - x[0]) * max(0, x[3] - x[1]) for x in (a, b)) - width * height
+    return width * height / area if area else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------- vision encoder

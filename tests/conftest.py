@@ -13,7 +13,7 @@ import torch
 import toy
 
 ROOT = Path(toy.__file__).parent
-COUNTS = {"train": 48, "val": 6, "test": 6}
+COUNTS = {"train": 48, "val": 6, "test": 6, "hard": 4, "distract": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A toy data folder of 60 scenes."""
+    """A toy data folder of 68 scenes."""
     folder = tmp_path_factory.mktemp("world") / "toy"
     everything = dict(toy.SPLITS)
     toy.SPLITS.update(COUNTS)

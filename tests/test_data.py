@@ -221,7 +221,7 @@ def test_plain_labels(tokenizer):
     ids, labels = data.tokenize(turns("<image>\nwhat is it", "a red circle"), tokenizer, "plain", 3, 99, "x")
     assert ids == [BOS, -200, -200, -200, A, RED, CIRCLE, EOS]
     assert labels == [-100, -100, -100, -100, A, RED, CIRCLE, EOS]
-    assert data.tokenize_prompt("what is it", tokenizer, "plain", 3) == ids[:4]
+    assert data.tokenize_prompt([{"from": "human", "value": "what is it"}], tokenizer, "plain", 3) == ids[:4]
     assert data.tokenize(turns("hello", "red"), tokenizer, "plain", 0, 99, "x") == ([BOS, RED, EOS], [-100, RED, EOS])
     assert data.tokenize(turns("", "red <image>"), tokenizer, "plain", 2, 99, "x")[0] == [BOS, -200, -200, RED, UNK, EOS]   # just text
 
@@ -239,7 +239,7 @@ def test_v1_labels(tokenizer):
     # without a marker the image comes first; the other names of the roles
     other = [{"from": "user", "value": "what is it"}, {"from": "assistant", "value": "a circle"}]
     assert data.tokenize(other, tokenizer, "v1", 2, 99, "x") == (V1_IDS[:37], V1_LABELS[:37])
-    assert data.tokenize_prompt("<image>\nwhat is it", tokenizer, "v1", 2) == V1_IDS[:34]
+    assert data.tokenize_prompt([{"from": "human", "value": "<image>\nwhat is it"}], tokenizer, "v1", 2) == V1_IDS[:34]
     # the text itself, blanks included
     segments = data._segments([("user", "Q"), ("assistant", "A1"), ("user", "R")], tokenizer, "v1", "x")
     text = "".join(text for text, _ in segments if isinstance(text, str))
@@ -253,7 +253,7 @@ def test_chat_labels(chat_tokenizer, tokenizer):
         START, USER_, BREAK, WHAT, END, BREAK, START, ASSISTANT_, BREAK, BLUE, END, BREAK,
     ]
     assert labels == [*[-100] * 13, A, CIRCLE, END, *[-100] * 10, BLUE, END, -100]
-    assert data.tokenize_prompt("what <image> is it", chat_tokenizer, "chat", 2) == ids[:13]
+    assert data.tokenize_prompt([{"from": "human", "value": "what <image> is it"}], chat_tokenizer, "chat", 2) == ids[:13]
     with pytest.raises(InputError, match="^rec 7: .*--prompt"):
         data.tokenize(turns("what", "blue"), tokenizer, "chat", 0, 99, "rec 7")
 

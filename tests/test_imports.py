@@ -9,8 +9,9 @@ MAY_IMPORT = {
     "projector": set(), "kernels": set(), "backbones": set(), "data": set(), "runtime": set(),
     "model": {"projector", "kernels", "data"},
     "toy": {"data", "runtime", "backbones"}, "backbones/train": {"toy", "runtime"},      # behind toy.py --train-backbones alone
-    "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy"},
-    "probe": {"data", "runtime", "model", "toy"},
+    "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy"}, "sft": {"data", "runtime", "model", "toy"},
+    "probe": {"data", "runtime", "model", "toy"}, "eval": {"data", "runtime", "model", "toy"},
+    "reproduce": {"data", "runtime"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
     "kernels/measure": {"data", "runtime"}, "kernels/gpu": {"data", "runtime"},
 }

@@ -91,9 +91,12 @@ def test_weight_zero_measures_the_patch_loss_without_its_gradient(model, batch):
 
 def test_generation_is_greedy_and_padding_does_not_matter(model, batch):
     """Batched answers equal the argmax of full forward passes without a cache, one sample at a time."""
+    def turn(question):
+        return [{"from": "human", "value": question}]
+
     questions = ("What color is the star?", "Is there a red ring?")
-    prompts = [data.tokenize_prompt("<image>\n" + q, model.tokenizer, "v1", 64) for q in questions]
-    prompts.append(data.tokenize_prompt("How many objects are there in a scene with a cross?", model.tokenizer, "v1", 0))
+    prompts = [data.tokenize_prompt(turn("<image>\n" + q), model.tokenizer, "v1", 64) for q in questions]
+    prompts.append(data.tokenize_prompt(turn("How many objects are there in a scene with a cross?"), model.tokenizer, "v1", 0))
     answers = model.generate(prompts, batch["pixel_values"][:2], max_new_tokens=6)
     H = model.projector(model.encode(batch["pixel_values"][:2]))
     for i, prompt in enumerate(prompts):

@@ -74,21 +74,79 @@ def test_expressions_and_captions():
         assert all(t.phrase in caption for t in scene.things) and caption.endswith(f"on {scene.light} {scene.background}.")
 
 
+def words_of(phrases):
+    """All words of some phrases."""
+    return {w for p in phrases for w in p.split()}
+
+
 def test_built_folder(world):
-    """Records are readable by data.py, boxes enclose masks, splits share no scene, and a second build is the same."""
-    captions = {}
-    for split, count in (("train", 48), ("val", 6), ("test", 6)):
-        records = data.read_records(world / f"{split}.jsonl")
+    """Records are readable by data.py, boxes enclose masks, splits share no scene, `hard` alone shows what is held out."""
+    captions, every = {}, {f.stem: data.read_records(f) for f in world.glob("*.jsonl")}
+    assert set(every) == {"train", "train_sft", "val", "val_sft", "test", "test_vqa", "test_refer", "test_instruct", "hard", "hard_vqa",
+                          "hard_refer", "hard_instruct", "distract_refer"}
+    for split, count in (("train", 48), ("val", 6), ("test", 6), ("hard", 4)):
+        records = every[split]
         masks = {r["image"]: [data.decode_rle(g["rle"]) for g in r["regions"]] for r in records}
         captions[split] = {json.dumps(r["regions"]) for r in records}
         assert len(records) == len(captions[split]) == count
-        for record in data.read_records(world / f"{split}_refer.jsonl"):
+        for record in every.get(f"{split}_refer", []):
             ys, xs = np.nonzero(masks[record["image"]][int(record["id"].rsplit("refer")[1])])
             assert record["answer"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        assert {r["task"] for r in data.read_records(world / f"{split}_vqa.jsonl")} == {"vqa"}
+        for record in records:
+            objects = [set(region["phrase"].split()) for region in record["regions"]]
+            assert any({c, s} <= o for o in objects for c, s in toy.HELD_OUT) == (split == "hard")
+    assert {r["task"] for r in every["test_vqa"]} == {"vqa"} and {r["task"] for r in every["hard_instruct"]} == {"vqa", "choice"}
+    assert {r["image"].split("_")[0] for r in every["distract_refer"]} == {"distract"}
     assert all(not a & b for a, b in itertools.combinations(captions.values(), 2))
-    scene = toy.sample_scene(rng := np.random.default_rng(toy.SEEDS["val"] + 3))
+    scene = toy.sample_scene(rng := np.random.default_rng(toy.SEEDS["val"] + 3), lambda scene: not toy.unheard_of(scene))
     assert (np.asarray(Image.open(world / "images" / "val_00003.png")) == toy.render(scene, rng)[0]).all()
+
+
+def test_instructions_are_followed_by_their_answers():
+    """Each kind of request has the answer that its own words ask for; four of the letters' options differ, one of them right."""
+    seen = collections.Counter()
+    for scene, rng in scenes(300):
+        for kind, turns in toy.instructions(scene, rng):
+            seen[kind] += 1
+            request, answer = turns[-1]
+            named = [t for t in scene.things if t.shape in re.findall("[a-z]+", turns[0][0].split("\n")[0])]
+            if kind == "choice":
+                question, *options, last = request.split("\n")
+                assert [o[:3] for o in options] == ["A. ", "B. ", "C. ", "D. "] and len(set(o[3:] for o in options)) == 4
+                right = options["ABCD".index(answer)][3:]
+                truth = scene.background if "background" in question else next(
+                    getattr(t, w) for w in ("color", "texture", "shape") if w in question
+                    for t in (named or [t for t in scene.things if t.color in question.split()]))
+                assert right == truth and last == "Answer with the letter."
+            elif kind == "one_word":
+                assert " " not in answer and request.endswith("Answer with one word.")
+            elif kind == "sentence":
+                assert answer.endswith(".") and any(words_of([answer.rstrip(".")]) - {"The", "is", "a", "an", "object", "background"}
+                                                    <= words_of([t.phrase, scene.background]) for t in scene.things)
+            elif kind == "follow_up":
+                assert len(turns) == 2 and {turns[0][1], answer} == {named[0].color, named[0].texture} and " it" in request
+            elif kind == "describe":
+                assert answer == toy.article(named[0].phrase)
+            else:
+                assert kind == "list" and answer.split(", ") == [t.color for t in sorted(scene.things, key=lambda t: t.x)]
+    assert len(seen) == 6 and min(seen.values()) > 100
+
+
+def test_conversations_do_not_give_answers_away():
+    """Up to eight different turns, and no answer's word was said before, but for those told by their own request."""
+    lengths = []
+    for scene, rng in scenes(200):
+        boxes = [(expression, [1, 2, 30, 40]) for _, expression in toy.referring(scene, rng)]
+        turns, said = toy.conversation(scene, boxes, rng), set()
+        lengths.append(len(turns))
+        assert len({q for q, _ in turns}) == len(turns)
+        previous = set()
+        for request, answer in turns:
+            words = set(re.findall("[a-z]+", answer)) & toy.SAID
+            assert not words & (said - previous if " it" in request else said), (turns, request)
+            previous = set(re.findall("[a-z]+", f"{request} {answer}"))
+            said |= previous
+    assert max(lengths) == 8 and min(lengths) > 1 and sum(lengths) / len(lengths) > 5
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
@@ -117,7 +175,7 @@ def test_backbones():
         assert len(data.word_ids(tokenizer, word)) == 1, word
     right, count = collections.Counter(), collections.Counter()
     for scene, rng in scenes(60, seed=1 << 30):
-        described = train.description(scene, rng, boxes=False)
+        described = toy.description(scene, rng, boxes=False)
         for kind, question, answer in toy.questions(scene, rng):
             ids = tokenizer(f"USER: {described} {question} ASSISTANT:", return_tensors="pt")["input_ids"]
             with torch.no_grad():
@@ -132,10 +190,10 @@ def test_what_the_texts_ask_is_true_and_told_by_them():
     columns, rows = {"left": -1, "right": 1}, {"top": -1, "bottom": 1}
     answers = collections.Counter()
     for scene, rng in scenes(200):
-        described = train.description(scene, rng, boxes=True)
+        described = toy.description(scene, rng, boxes=True)
         for kind, _, answer in train.asked(scene, rng, boxes=True):
             assert kind != "box" or answer in described
-        described = train.description(scene, rng, boxes=False)
+        described = toy.description(scene, rng, boxes=False)
         for kind, _, answer in train.asked(scene, rng, boxes=False):
             assert kind not in ("phrase", "place") or answer in described
         for _, question, answer in train.relations(scene, rng):
@@ -149,9 +207,17 @@ def test_what_the_texts_ask_is_true_and_told_by_them():
             if kind == "keywords":                                       # exactly one object has the first word, and it has the rest
                 assert [set(rest.removesuffix("</s>").split()) <= set(t.phrase.split()) for t in scene.things
                         if first.strip() in (t.color, t.shape)] == [True]
+        masks = toy.visible(scene)
+        cells = train.grid(scene, masks, rng).split()
+        assert len(cells) == 64
+        for i, word in enumerate(cells):                                 # each names something that its cell shows
+            y, x = 12 * (i // 8), 12 * (i % 8)
+            shown = [name for name, mask in zip([t.phrase for t in scene.things] + [f"{scene.light} {scene.background}"], masks)
+                     if mask[y: y + 12, x: x + 12].mean() >= 0.25]
+            assert word in words_of(shown)
         text = train.drill(rng, 4, boxes=bool(rng.random() < 0.5))
         for _, key, rest in text.turns:
-            told = [thing for thing in re.split(r", (?!\d)", text.first) if key.strip(", ") in thing.split()]
+            told = [thing for thing in text.first.split(", ") if key.strip(", ") in thing.split()]
             assert len(told) == 1 and set(rest.split()) <= set(told[0].split())
     assert min(answers.values()) > 0.4 * sum(answers.values())
 
@@ -182,7 +248,8 @@ def test_backbones_are_made_from_scratch(tmp_path, monkeypatch):
     report = train.train("all")
     assert {"own_above_near_miss", "patch_color", "patch_shape"} <= set(report["vision"])
     assert report == json.loads((tmp_path / "report.json").read_text()) and {"vision", "llm"} == set(report)
-    assert {"background", "color", "texture", "shape", "count", "existence", "relation", "box"} <= set(report["llm"])
+    assert {"background", "color", "texture", "shape", "count", "existence", "relation", "box", "choice", "grid box",
+            "grid relation"} <= set(report["llm"])
     model = PatchAlignedModel(dict(vision=str(toy.VISION), llm=str(toy.LLM), projector="linear", image_size=0, geometry="crop",
                                    feature_layer=-2, prompt="plain", coverage=0.25, tau=0.07, patch_weight=1.0, patch_loss="softmax"))
     assert model.encode(torch.zeros(1, 3, toy.SIZE, toy.SIZE)).shape == (1, 64, 128) and model.grid == (8, 8)

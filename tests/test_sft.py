@@ -1,0 +1,173 @@
+"""Stage 2 from a user's shell: full and LoRA; one process, two, and two in shards give the same; it resumes, merges, refuses bad input."""
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+import data
+from model import load_checkpoint, read_checkpoint
+
+SMALL = ["--lora-rank", 4, "--lora-alpha", 8]
+
+
+@pytest.fixture(scope="module")
+def start(run, world, tmp_path_factory):
+    """An untrained projector's checkpoint, of stage pretrain."""
+    out = tmp_path_factory.mktemp("start")
+    done = run("pretrain.py", "--data", world / "train.jsonl", "--image-dir", world / "images", "--steps", 0, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out / "ckpt.pt"
+
+
+@pytest.fixture(scope="module")
+def flags(start, world):
+    """A short run on the small world; later flags override earlier ones."""
+    return [start, "--data", world / "train_sft.jsonl", "--image-dir", world / "images", "--val-data", world / "val_sft.jsonl",
+            "--steps", 4, "--batch-size", 8, "--log-every", 1, "--prompt", "chat", "--lr", 1e-3, "--projector-lr", 1e-3]
+
+
+def finished(done):
+    """The standard output of a run that must have succeeded."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def log(folder, key="loss"):
+    """{step: value} of a key of metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def assert_same(a, b, tolerance):
+    """Two runs logged the same losses and ended in the same weights."""
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert log(a, key) == pytest.approx(log(b, key), rel=tolerance), key
+    states = [read_checkpoint(folder / "ckpt.pt")["model"] for folder in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=100 * tolerance)   # Adam divides small gradients
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def straight(request, run, flags, tmp_path_factory):
+    """One process, batches in one piece: (how it is tuned, its folder, what it printed)."""
+    out = tmp_path_factory.mktemp(request.param)
+    return request.param, out, finished(run("sft.py", *flags, *SMALL, "--tune", request.param, "--lora-dropout", 0, "--out", out))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the products are in bfloat16, which rounds differently in smaller batches")
+@pytest.mark.parametrize("how", [["--micro-batch", 3], ["--shard", "--checkpointing"]], ids=["replicated", "sharded"])
+def test_two_processes_give_what_one_gives(run, flags, straight, how, tmp_path):
+    tune, out, _ = straight
+    said = finished(run("sft.py", *flags, *SMALL, "--tune", tune, "--lora-dropout", 0, *how, "--out", tmp_path, processes=2))
+    assert "2 processes" in said and ("in shards" in said) == ("--shard" in how)
+    assert_same(out, tmp_path, 2e-5)
+
+
+def test_what_is_trained_and_said(straight, start):
+    """The checkpoint holds what was trained and nothing else, it moved, and the run says what it inherited."""
+    tune, out, said = straight
+    assert re.search(r"inherited from .*ckpt.pt: mlp2x_gelu between backbones/toy-clip \(96 px, .* and backbones/toy-llama; patch", said)
+    assert re.search(r"records, \d+ answers, \d+ records without an image", said)
+    assert said.splitlines()[-1] == f"wrote {out / 'ckpt.pt'}; next: python eval.py {out / 'ckpt.pt'}"
+    checkpoint, before = read_checkpoint(out / "ckpt.pt"), read_checkpoint(start)
+    names = set(checkpoint["model"])
+    assert checkpoint["stage"] == "sft" and checkpoint["config"]["tune"] == tune and checkpoint["config"]["prompt"] == "chat"
+    assert {n for n in names if n.startswith("projector.")} == set(before["model"])
+    assert all(n.endswith((".A", ".B")) for n in names - set(before["model"])) == (tune == "lora")
+    assert not any("vision" in n or n.startswith("encoder") for n in names)
+    model, _ = load_checkpoint(out / "ckpt.pt")
+    fresh, _ = load_checkpoint(start)
+    assert (model.projector[0].weight != fresh.projector[0].weight).any()
+    moved = [n for n, p in model.llm.named_parameters() if p.requires_grad and (n.endswith(".B") and p.any() or tune == "full")]
+    assert len(moved) == sum(n.endswith(".B") or tune == "full" for n in names - set(before["model"])) > 20
+    assert log(out)[4] < log(out)[1] and set(log(out, "val_loss")) == {1, 2, 3, 4}
+
+
+def test_only_answers_are_learnt_and_images_are_optional(start, world):
+    """Every label is an answer's token or the end of one, whatever the number of turns."""
+    model, _ = load_checkpoint(start)
+    model.config |= dict(prompt="chat", geometry="pad")
+    dataset = model.records(world / "train_sft.jsonl", world / "images", require_image=False)
+    seen = set()
+    for record, sample in zip(dataset.records, (dataset[i] for i in range(len(dataset)))):
+        answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+        learnt = model.tokenizer.decode([t for t in sample["labels"] if t != data.IGNORE])
+        assert learnt == "".join(f" {answer}</s>" for answer in answers)
+        seen.add((len(answers) > 1, "image" in record))
+    assert {(True, True), (True, False)} <= seen
+    alone = data.collate([dataset[i] for i, r in enumerate(dataset.records) if "image" not in r][:2], model.pad_id)
+    model.tune("full")
+    model(alone)["caption_loss"].backward()                              # no image at all: the projector's gradient is zero, not absent
+    assert all(p.grad is not None and not p.grad.any() for p in model.projector.parameters())
+
+
+def test_merged_lora_generates_what_the_factors_do(run, flags, world, tmp_path):
+    """With large factors, so that they matter; and training itself is the same, merged or not."""
+    large = [*flags, *SMALL, "--tune", "lora", "--lora-modules", "q_proj", "down_proj", "--lr", 0.03, "--out"]
+    finished(run("sft.py", *large, tmp_path / "factors"))
+    finished(run("sft.py", *large, tmp_path / "merged", "--merge"))
+    factors, merged = (load_checkpoint(tmp_path / name / "ckpt.pt")[0].eval() for name in ("factors", "merged"))
+    assert merged.config["tune"] == "full" and "lora" not in merged.config
+    assert {n.rsplit(".", 2)[-2] for n in factors.trained_state() if n.endswith(".A")} == {"q_proj", "down_proj"}
+    records = data.read_records(world / "train.jsonl")[:6]
+    prompts = [data.tokenize_prompt(r["conversations"], factors.tokenizer, "chat", 64) for r in records]
+    pixels = torch.stack([factors.records(world / "train.jsonl", world / "images")[i]["pixel_values"] for i in range(6)])
+    said = [model.generate(prompts, pixels, max_new_tokens=12) for model in (factors, merged)]
+    assert said[0] == said[1]
+    factors.llm.apply(lambda m: setattr(m, "scale", 0.0))
+    assert factors.generate(prompts, pixels, max_new_tokens=12) != said[0]
+
+
+def test_resuming_in_mid_epoch_is_not_noticeable(run, flags, world, tmp_path):
+    """An image of the sixth step is broken: one line, and resume.pt of step 4 stays. Mended and resumed, dropout and all, it ends as if
+    unstopped."""
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+    records = data.read_records(world / "train_sft.jsonl")
+    own = [records[i] for i in data.StepSampler(len(records), 8, 0).indices(5)]
+    earlier = {records[i].get("image") for step in range(5) for i in data.StepSampler(len(records), 8, 0).indices(step)}
+    name = next(r["image"] for r in own if r.get("image") not in {None, *earlier})
+    arguments = [*flags, *SMALL, "--tune", "lora", "--lora-dropout", 0.2, "--steps", 8, "--save-every", 4, "--image-dir", images]
+    finished(run("sft.py", *arguments, "--out", tmp_path / "straight", "--keep-every", 3))
+    assert sorted(f.name for f in (tmp_path / "straight").glob("ckpt*")) == ["ckpt-3.pt", "ckpt-6.pt", "ckpt.pt"]
+    whole = (images / name).read_bytes()
+    (images / name).write_bytes(whole[:700])
+    stopped = run("sft.py", *arguments, "--out", tmp_path / "run")
+    assert stopped.returncode == 2 and re.search(rf"^error: .*{name}.*truncated", stopped.stderr, re.M), stopped.stderr
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"resume.pt", "metrics.jsonl"}
+    (images / name).write_bytes(whole)
+    changed = run("sft.py", *arguments, "--out", tmp_path / "run", "--resume", "--lr", 0.5)
+    assert changed.returncode == 2 and "with --lr 0.001; use the same flags" in changed.stderr
+    assert "at step 4" in finished(run("sft.py", *arguments, "--out", tmp_path / "run", "--resume"))
+    assert_same(tmp_path / "straight", tmp_path / "run", 0)
+
+
+def test_overfitting_one_batch(run, flags, tmp_path):
+    finished(run("sft.py", *flags, "--overfit", "--steps", 30, "--out", tmp_path))
+    assert log(tmp_path)[30] < 0.6 * log(tmp_path)[1]
+
+
+BROKEN = {
+    "stage": (["{sft}"], "a checkpoint of stage sft; sft.py starts from one that torchrun pretrain.py has written"),
+    "checkpoint": (["nowhere.pt"], "nowhere.pt: no such checkpoint file"),
+    "merge": (["{start}", "--merge"], "--merge merges LoRA's factors: it goes with --tune lora"),
+    "shard": (["{start}", "--shard"], "--shard splits the model over processes: start it with torchrun"),
+    "modules": (["{start}", "--tune", "lora", "--lora-modules", "query", "{data}"], "--lora-modules query: choose from the language"),
+    "prompt": (["{start}", "--prompt", "plain"], "--prompt: invalid choice"),
+    "data": (["{start}", "--image-dir", "x"], "--image-dir needs --data"),
+    "empty": (["{start}", "{empty}"], "holds no records"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_input_is_one_line(case, run, start, straight, world, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    filled = {"{sft}": [straight[1] / "ckpt.pt"], "{start}": [start], "{empty}": ["--data", tmp_path / "empty.jsonl"],
+              "{data}": ["--data", world / "train_sft.jsonl", "--image-dir", world / "images"]}
+    done = run("sft.py", *(a for argument in BROKEN[case][0] for a in filled.get(argument, [argument])), "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert BROKEN[case][1] in done.stderr
+    assert not list((tmp_path / "out").glob("ckpt*"))
