@@ -1,7 +1,7 @@
 """The toy world: an embedded default that needs no download, in the same files as a real data set and real backbones.
 
     python toy.py                        # writes data/toy: images, records with regions, questions, referring expressions (seconds)
-    python toy.py --train-backbones      # recreates backbones/ from scratch with fixed seeds (about 70 minutes of one core)
+    python toy.py --train-backbones      # recreates backbones/ from scratch with fixed seeds (two hours of one core)
 
 A scene is a named background with two to four objects, each of one colour, one texture and one shape, that may hide parts of each
 other; so every patch is named by two or more words. Images are 96 x 96 pixels, masks are exact, splits come from disjoint seeds.

@@ -43,14 +43,17 @@ def test_splice_places_rows_exactly(model):
         model.splice(ids, torch.randn(2, 4, width))
 
 
-def test_losses_are_sums_by_definition(model, batch):
+@pytest.mark.parametrize("centre_words", [False, True])
+def test_losses_are_sums_by_definition(model, batch, centre_words):
     """forward's four numbers against a plain computation, sample by sample, with the full logits and similarities."""
+    model.config["centre_words"] = centre_words
     sums = model(batch)
     model.config["patch_loss"] = "cosine"
     pull = model(batch)["patch_loss"]
     caption = patch = towards = 0.0
     H = model.projector(model.encode(batch["pixel_values"]))
-    cosine = F.normalize(H, dim=-1) @ F.normalize(model.word_embeddings, dim=-1).T
+    centre = model.word_embeddings.mean(0) * centre_words
+    cosine = F.normalize(H - centre, dim=-1) @ F.normalize(model.word_embeddings - centre, dim=-1).T
     for i in range(5):
         length = int(batch["attention_mask"][i].sum())
         logits = model.llm(inputs_embeds=model.splice(batch["input_ids"][i: i + 1, :length], H[i: i + 1])).logits[0]

@@ -100,6 +100,14 @@ def test_the_baseline_sees_the_same_data(run, flags, straight, tmp_path):
     assert log(tmp_path, "patch_loss")[6] > log(straight, "patch_loss")[6] + 0.1
 
 
+def test_the_weight_decays_on_request(run, flags, straight, tmp_path):
+    """--patch-schedule decay: the first update is that of a constant weight, the last that of nearly none."""
+    done = run("pretrain.py", *flags, "--patch-schedule", "decay", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(log(tmp_path)[i] == log(straight)[i] for i in (1, 2)) and log(tmp_path)[3] != log(straight)[3]
+    assert log(tmp_path, "grad_norm")[6] < 0.9 * log(straight, "grad_norm")[6]
+
+
 def test_the_stages_chain(run, straight, world, tmp_path):
     """The probe reads what pretraining wrote, from another folder and without a model flag, and finds it above chance."""
     done = run("probe.py", straight / "ckpt.pt", "--data", world / "test.jsonl", "--out", tmp_path, "--atoms", 3, cwd=tmp_path)
