@@ -18,8 +18,10 @@ import pytest
 from PIL import Image
 
 import reproduce
+import results
 from data import InputError
-from reproduce import ALIGNED, BASE, COSINE, Args, Change, check, lead, main
+from reproduce import ALIGNED, BASE, COSINE, Args, check, main
+from results import Change, lead
 
 REPOSITORY = Path(reproduce.__file__).parent
 STAND_IN = '''
@@ -90,33 +92,34 @@ LOCAL = dict(results="RESULTS.md", picture="results.png")
 
 @pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045), (120, 1.980)])
 def test_t_quantiles_are_those_of_the_tables(freedom, quantile):
-    assert reproduce.t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
-    assert reproduce.p_value(quantile, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert results.t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
+    assert results.p_value(quantile, freedom) == pytest.approx(0.05, abs=1e-4)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.01, 0.3, 1.0, 2.776, 7.0, 300.0])
 def test_p_values_in_closed_form(t):
-    assert reproduce.p_value(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-9)
-    assert reproduce.p_value(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
-    assert reproduce.p_value(t, 4) == pytest.approx(1 - t * (t * t + 6) / (t * t + 4) ** 1.5, abs=1e-9)
+    assert results.p_value(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-9)
+    assert results.p_value(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
+    assert results.p_value(t, 4) == pytest.approx(1 - t * (t * t + 6) / (t * t + 4) ** 1.5, abs=1e-9)
 
 
 @pytest.mark.parametrize("x", [0.0, 0.001, 0.2, 0.5, 0.9, 0.999, 1.0])
 def test_incomplete_beta_in_closed_form(x):
-    assert reproduce.incomplete_beta(1, 3.5, x) == pytest.approx(1 - (1 - x) ** 3.5, rel=1e-10)
-    assert reproduce.incomplete_beta(2.5, 1, x) == pytest.approx(x**2.5, rel=1e-10)
-    assert reproduce.incomplete_beta(2, 3, x) == pytest.approx(6 * x**2 - 8 * x**3 + 3 * x**4, abs=1e-10)
+    assert results.incomplete_beta(1, 3.5, x) == pytest.approx(1 - (1 - x) ** 3.5, rel=1e-10)
+    assert results.incomplete_beta(2.5, 1, x) == pytest.approx(x**2.5, rel=1e-10)
+    assert results.incomplete_beta(2, 3, x) == pytest.approx(6 * x**2 - 8 * x**3 + 3 * x**4, abs=1e-10)
 
 
 def test_paired_difference_worked_by_hand():
     """Differences 0.1, 0.3, 0.2 over the seeds of both: mean 0.2, deviation 0.1, t = 2 sqrt(3), two degrees of freedom."""
-    change = reproduce.compare({0: 1.0, 1: 2.0, 2: 3.0, 7: 50.0}, {2: 3.2, 1: 2.3, 0: 1.1, 8: 90.0})
+    change = results.compare({0: 1.0, 1: 2.0, 2: 3.0, 7: 50.0}, {2: 3.2, 1: 2.3, 0: 1.1, 8: 90.0})
     assert change == pytest.approx((0.2, 4.30265 * 0.1 / math.sqrt(3), 1 - math.sqrt(12 / 14), 100 / 2), rel=1e-5)
     assert not change.clear and str(change) == "+10.0 % (+0.200 ± 0.248, p 0.074)"
-    assert reproduce.compare({0: 1.0}, {1: 1.0}) is None
-    assert reproduce.compare({0: -2.0}, {0: -3.0}) == (-1.0, None, None, 50.0)
-    assert str(reproduce.compare({0: 0.0, 1: 0.0}, {0: 0.5, 1: 0.5})) == "**+0.500** (+0.500 ± 0.000, p < 0.001)"
-    assert reproduce.compare({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})[:3] == (0, 0, 1)
+    assert results.compare({0: 1.0}, {1: 1.0}) is None
+    assert results.compare({0: -2.0}, {0: -3.0}) == (-1.0, None, None, 50.0)
+    assert str(results.compare({0: 4e-4}, {0: 0.5})) == "+0.500"
+    assert str(results.compare({0: 0.0, 1: 0.0}, {0: 0.5, 1: 0.5})) == "**+0.500** (+0.500 ± 0.000, p < 0.001)"
+    assert results.compare({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})[:3] == (0, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- planning
@@ -366,8 +369,8 @@ def test_report_worked_by_hand(place):
     for seed, (base, gain, other) in enumerate([(0.4, 0.1, 0.0), (0.5, 0.12, 0.1), (0.6, 0.08, 0.2)]):
         for variant, more in ((BASE, 0), (ALIGNED, 1)):
             scores = {ANSWERS: 0.8 + more * other, f"{ANSWERS}/color": 0.9, "flickr_test_vqa/exact": 0.123, GROUNDING: base + more * gain,
-                      "flickr_test_refer/Acc@0.5 (square)": 0.31, INSTRUCTIONS: 0.5 - more * 0.1, "flickr_test_instruct/accuracy": 0.99,
-                      "flickr_test_instruct/choice": 0.25, "flickr_test_vqa/unheard-of": 0.1}
+                      "hard_refer/Acc@0.5": 0.7 + more, "flickr_test_refer/Acc@0.5 (square)": 0.31, INSTRUCTIONS: 0.5 - more * 0.1,
+                      "flickr_test_instruct/accuracy": 0.99, "flickr_test_instruct/choice": 0.25, "flickr_test_vqa/unheard-of": 0.1}
             fabricate(place / "o", f"{variant}-{seed}", 0.1 + 0.2 * more, scores)
     text = reported(place, seeds=3)
     assert row(text, "grounding, Acc@0.5, flickr_test_refer") == [
@@ -376,6 +379,7 @@ def test_report_worked_by_hand(place):
         "0.800 ± 0.000", "0.900 ± 0.248", "", "+12.5 % (+0.100 ± 0.248, p 0.225)", "", "+4 %"]
     assert row(text, "question answering, color, flickr_test_vqa")[3:] == ["+0.0 % (+0.000 ± 0.000, p 1.000)", "", ""]
     assert row(text, "instruction following, flickr_test_instruct")[3:] == ["**-20.0 %** (-0.100 ± 0.000, p < 0.001)", "", "+3 %"]
+    assert row(text, "grounding, Acc@0.5, hard_refer")[-1] == ""
     assert row(text, "grounding, Acc@0.5 (square), flickr_test_refer")[0] == "0.310 ± 0.000"
     assert row(text, "multiple choice, flickr_test_instruct")[0] == "0.250 ± 0.000"
     assert row(text, "captions, CIDEr, flickr")[:2] == ["0.200 ± 0.000", "0.600 ± 0.000"]
@@ -386,6 +390,7 @@ def test_report_worked_by_hand(place):
     assert "grounding, Acc@0.5, flickr_test_refer (+20.0 %)" in higher and "question" not in higher
     assert lower == "instruction following, flickr_test_instruct (-20.0 %)"
     assert "question answering, flickr_test_vqa" in unclear and "alignment (" not in unclear
+    assert not any("color" in line for line in words)           # kinds are in the table alone
     assert f"**{COSINE}" not in text and "fine-tuning steps" not in text and "Ablations" not in text
     assert "+12.5 % (+0.100 ± 0.248, p 0.225) here, +4 % in the paper; the interval includes zero" in text
     assert "caption-only 3, patch-aligned 3, patch-aligned-cosine 0" in text
@@ -402,6 +407,9 @@ def test_one_seed_has_the_bootstrap_and_no_test(place):
     assert row(text, "grounding, Acc@0.5, flickr_test_refer") == ["0.400 [0.360, 0.450]", "0.500 [0.460, 0.550]", "+25.0 %", "+16 %"]
     assert row(text, "alignment")[0] == "0.100" and "**+" not in text and "excludes zero\n" not in text
     assert "**patch-aligned, after pretraining**: one seed, so no test" in text
+    picture = Image.open("results.png")
+    plotted = dict((colour, n) for n, colour in picture.crop((0, 0, picture.width, picture.height - 100)).getcolors(1 << 20))
+    assert plotted[results.COLOURS[ALIGNED]] > 300            # two dots
 
 
 def test_curve_and_ablations_and_picture(place):
@@ -421,9 +429,9 @@ def test_curve_and_ablations_and_picture(place):
     assert row(text, "linear")[-2] == "0.300 (+50.0 %)" and row(text, "linear-caption-only")[-2] == "0.200"
     assert row(text, "tau-0.03")[-2:] == ["0.300 (-50.0 %)", ""] and row(text, "tau-0.03")[1] == "0.300 (+200.0 %)"
     image = Image.open("results.png")
-    assert image.width == reproduce.WIDTH
+    assert image.width == results.WIDTH
     seen = dict((colour, n) for n, colour in image.getcolors(1 << 20))
-    assert all(seen[colour] > 300 for colour in reproduce.COLOURS.values())
+    assert all(seen[colour] > 300 for colour in results.COLOURS.values())
 
 
 def test_where_a_variant_is_ahead():
