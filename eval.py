@@ -427,10 +427,13 @@ def evaluate(path, items, args, device):
 
 
 def report(names, results):
-    """Aligned table: a row per KEY, a column per checkpoint and, after the first, one of its differences from the first."""
+    """Aligned table: a row per KEY, a column per checkpoint and, after the first, one of its differences from the first. Exact match has
+    rows where it differs from the accuracy."""
     rows = [["score [95 %]", "n", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
     for key in dict.fromkeys(key for result in results for key in result["scores"]):
         found = [result["scores"].get(key) for result in results]
+        if "/exact" in key and found == [result["scores"].get(key.replace("/exact", "/accuracy")) for result in results]:
+            continue
         differences = [result["versus"]["scores"].get(key) for result in results[1:]]
         rows.append([key, next(score["n"] for score in found if score),
                      *(score and f"{score['value']:.3f} [{score['low']:.2f}, {score['high']:.2f}]" for score in found),
