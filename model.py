@@ -152,10 +152,11 @@ class PatchAlignedModel(nn.Module):
         config, pixels = self.config, batch["pixel_values"]
         if len(pixels):
             Z = self.encode(pixels)                                                                  # (N, P_v, D_v)
-        else:                                                                                        # text alone: any patch, used 0 times,
-            Z = torch.zeros(1, 1, self.encoder.config.hidden_size, device=self.device)               # gives the projector its gradient 0
+        else:                                                                                        # text alone: any patch, taken 0 times,
+            Z = torch.zeros(1, 1, self.encoder.config.hidden_size, device=self.device)               # gives the projector a gradient of 0
         H = self.projector(Z)                                                                        # (N, P, D)
-        X = self.splice(batch["input_ids"], H[: len(pixels)]) + 0 * H.sum().to(self.llm.dtype)       # (B, T, D)
+        X = self.splice(batch["input_ids"], H[: len(pixels)])                                        # (B, T, D)
+        X = X + 0 * H.sum().to(X.dtype)
 
         labels = batch["labels"]                                                                     # (B, T)
         first = max(1, int((labels != IGNORE).any(0).nonzero()[0]))                                  # no label before this position

@@ -97,7 +97,7 @@ def test_generation_is_greedy_and_padding_does_not_matter(model, batch):
     def turn(question):
         return [{"from": "human", "value": question}]
 
-    questions = ("What color is the star?", "Is there a red ring?")
+    questions = ("What color is the star?", "Is the red ring to the left of the star?")
     prompts = [data.tokenize_prompt(turn("<image>\n" + q), model.tokenizer, "v1", 64) for q in questions]
     prompts.append(data.tokenize_prompt(turn("How many objects are there in a scene with a cross?"), model.tokenizer, "v1", 0))
     answers = model.generate(prompts, batch["pixel_values"][:2], max_new_tokens=6)
@@ -160,7 +160,7 @@ def test_foreign_and_unfitting_checkpoints(model, tmp_path, monkeypatch):
     ({"vision": "no/such/folder"}, "--vision no/such/folder: no such model folder"),
     ({"llm": "./backbones"}, "--llm ./backbones: no such model folder"),
     ({"vision": str(toy.LLM)}, "a llama has no square patches"),
-    ({"feature_layer": 6}, "--feature-layer 6: the encoder has 5 hidden states"),
+    ({"feature_layer": 6}, "--feature-layer 6: the encoder has 6 hidden states"),
     ({"image_size": 100}, "--image-size 100 is not a multiple of the encoder's patch size 12"),
 ])
 def test_unusable_backbones(change, message):
