@@ -37,7 +37,6 @@ DATA = ROOT / "data" / "toy"
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
 VERSION = 3                                        # of the data: a folder of another version is rebuilt
 SPLITS = {"train": 4096, "val": 256, "test": 300, "hard": 300, "distract": 300}                    # images
-TALKS = 1                                          # conversations about an image, for sft.py
 PRETRAIN = {"steps": 500, "batch_size": 32}       # of pretrain.py when it is started without --data
 SFT = {"steps": 600, "batch_size": 32, "lr": 1e-3, "projector_lr": 1e-3, "prompt": "chat"}         # of sft.py, likewise
 SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "hard": 3 << 24, "distract": 5 << 24}        # scene i of a split: seed + i
@@ -368,6 +367,9 @@ def instructions(scene: Scene, rng) -> list[tuple[str, list[tuple[str, str]]]]:
     return out
 
 
+SAID = {*COLORS, *TEXTURES, *SHAPES, *BACKGROUNDS}                       # words that an answer may give away
+
+
 def conversation(scene: Scene, boxes: list[tuple[str, list]], rng) -> list[tuple[str, str]]:
     """Up to eight turns about one scene, in random order. None whose answer an earlier turn has already said, unless it is a yes, a no or a
     number: the answers are to be seen in the image, not read in the conversation. boxes: (expression, its box in pixels)."""
@@ -384,9 +386,6 @@ def conversation(scene: Scene, boxes: list[tuple[str, list]], rng) -> list[tuple
             turns += asked
             said |= set(re.findall("[a-z]+", text))
     return turns
-
-
-SAID = {*COLORS, *TEXTURES, *SHAPES, *BACKGROUNDS}
 
 
 # --------------------------------------------------------------------------------------------------------------------- the data
@@ -410,7 +409,7 @@ def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict
         return {"_refer": refers}
     out = {"": [record(name, "", [("Describe the image.", caption(scene, rng))], regions=regions)]}
     if split in ("train", "val"):
-        out["_sft"] = [record(name, f"_talk{i}", conversation(scene, list(boxes.values()), rng)) for i in range(TALKS)]
+        out["_sft"] = [record(name, "_talk", conversation(scene, list(boxes.values()), rng))]
         if rng.random() < 0.25:                                          # text alone, so that the language model stays one
             told = sample_scene(rng, lambda scene: not unheard_of(scene))
             turns = [(q, a) for kind, q, a in questions(told, rng) if kind != "relation"]
