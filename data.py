@@ -527,7 +527,7 @@ def _segments(turns, tokenizer, prompt, where):
 def _chat_segments(turns, tokenizer, where):
     """Segments of the tokenizer's chat template: what each turn appends to the rendering of the turns before it."""
     if not tokenizer.chat_template:
-        raise InputError(f"{where}: the tokenizer has no chat template for --prompt chat; use --prompt plain or v1")
+        raise InputError(f"{where}: the tokenizer has no chat template for --prompt chat; use --prompt v1")
     messages = [{"role": role, "content": text} for role, text in turns]
     segments, before = [], ""
     for i, (role, _) in enumerate(turns):

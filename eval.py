@@ -12,9 +12,11 @@
 Answers are greedy; what cannot be read as an answer counts as wrong, and is counted. Intervals are percentiles of a bootstrap that draws
 images, with all their records; checkpoints are compared on the same draws.
 
-reads:   each checkpoint and the backbones that it names; LLaVA records with "task", "answer" and optional "kind", a sub-group; the last
-         turn is what the model has to say, earlier ones are context. Without "task", a record of one answer about an image is a caption
-writes:  eval.json and predictions.jsonl beside each checkpoint (or in --out)
+reads:   each checkpoint and the backbones that it names; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
+         answers the last request, earlier turns are context; without "answer", what the record itself says there is the answer. Without
+         "task", a record of one answer about an image is a caption
+writes:  eval.json and predictions.jsonl beside each checkpoint (or in --out); of a checkpoint NAME.pt that is not ckpt.pt, eval-NAME.json
+         and predictions-NAME.jsonl
 """
 
 import json
@@ -59,7 +61,7 @@ class Args:
     seed: int = 0
     """seed of the draws"""
     dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]})
-    """of the frozen backbones; auto: bfloat16 on a GPU that has it, else float32"""
+    """of the backbones; auto: bfloat16 on a GPU that has it, else float32"""
 
 
 TOY = ("test", "test_vqa", "test_refer", "test_instruct", "hard_vqa", "hard_refer", "hard_instruct", "distract_refer")     # without --data
@@ -222,7 +224,7 @@ BRACKETED = re.compile(rf"[\[(]\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*[\])]")
 LETTER = [re.compile(pattern) for pattern in (
     r"^\W*([A-Za-z])\W*$",                                      # B   (b)   B.
     r"^\W*([A-Za-z])[).:]",                                     # B. red   b) red
-    r"\b(?i:answer|option|choice)(?i:\s+is)?[\s:(*]*([A-Z]\b|[a-z](?=\W*$))",                   # The answer is B, option (B)
+    r"\b(?i:answer|option|choice)(?i:\s+is)?[\s:(*]+([A-Z]\b|[a-z](?=\W*$))",                   # The answer is B, option (B)
     r"\(([A-Za-z])\)",                                          # it must be (B)
     r"^([B-HJ-Zb-hj-z])\b(?!')")]                               # b because ...; but "A dog" and "I think" name no letter
 
@@ -448,7 +450,8 @@ def outputs(checkpoints, out):
     if len(set(names)) < len(names):
         names = [str(c).strip("./").replace("/", "-") for c in checkpoints]
     folders = [Path(out or Path(c).parent) for c in checkpoints]
-    endings = [f"-{n}" if folders.count(f) > 1 else "" for f, n in zip(folders, names)]
+    other = [not out and Path(c).name != "ckpt.pt" for c in checkpoints]                        # than the folder's usual one
+    endings = [f"-{n}" if folders.count(f) > 1 or o else "" for f, n, o in zip(folders, names, other)]
     return names, [(f / f"eval{e}.json", f / f"predictions{e}.jsonl") for f, e in zip(folders, endings)]
 
 

@@ -123,10 +123,15 @@ class PatchAlignedModel(nn.Module):
         return self
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """The tensors that training changes, by name: what a checkpoint holds. Where they are sharded, every rank must call this."""
-        trained = {n for n, p in self.named_parameters() if p.requires_grad}
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self.state_dict().items() if n in trained}
-        return {n: t.detach().cpu() for n, t in whole.items()}
+        """The tensors that training changes, by name: what a checkpoint holds. Where they are sharded, every rank must call this, and
+        rank 0 alone gets them: a model that outgrows one GPU is gathered tensor by tensor."""
+        trained, state = {n for n, p in self.named_parameters() if p.requires_grad}, {}
+        for name, tensor in self.state_dict().items():
+            if name in trained:
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if not isinstance(tensor, DTensor) or tensor.device_mesh.get_rank() == 0:
+                    state[name] = whole.detach().cpu()
+        return state
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Args:
     data: str = ""
     """records to train on, .json or .jsonl; none: the toy world"""
     image_dir: str = ""
-    """folder of the records' images"""
+    """folder that the records' image paths are relative to; none: images/ beside the records"""
     regions: str = ""
     """file of {id, regions} to join to the records"""
     val_data: str = ""
@@ -125,7 +125,7 @@ def check(args: Args) -> Args:
         args = dataclasses.replace(
             args, data=str(folder / "train.jsonl"), val_data=str(folder / "val.jsonl"), image_dir=str(folder / "images"),
             steps=steps if args.steps < 0 else args.steps, batch_size=args.batch_size or batch_size)
-    return dataclasses.replace(args, batch_size=args.batch_size or 256)
+    return dataclasses.replace(args, batch_size=args.batch_size or 256, image_dir=args.image_dir or str(Path(args.data).parent / "images"))
 
 
 def check_temperature(args: Args, model: PatchAlignedModel) -> None:
@@ -235,7 +235,7 @@ def main(args: Args) -> None:
             metrics.write(done, caption_loss=caption, patch_loss=patch, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                           samples_per_second=(done - first) * args.batch_size / (time.time() - began))
             progress.set_postfix(caption=caption, patch=patch)
-        if validation and (done % val_every == 0 or done == steps):
+        if validation is not None and (done % val_every == 0 or done == steps):
             result = validate(model, validation, device, autocast)
             metrics.write(done, **result)
             runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
@@ -243,7 +243,7 @@ def main(args: Args) -> None:
             runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(), optimizer=optimizer.state_dict())
 
     # ---- save
-    if validation and not result:
+    if validation is not None and not result:
         result = validate(model, validation, device, autocast)
     if rank == 0:
         with runtime.atomic(out / "ckpt.pt") as path:

@@ -4,9 +4,10 @@
     python reproduce.py --quick                             # one seed and few steps: minutes; all of it in runs/quick
     python reproduce.py --ablations --budget 540            # stops in time; the same command again goes on
     python reproduce.py --report                            # only the report, from what is there
-    python reproduce.py --out runs/real --results runs/real/RESULTS.md --picture runs/real/results.png --seeds 3 \\
-        --pretrain-flags "--vision dinov2-small --llm smollm2-135m --data train.jsonl --image-dir images" --probe-flags "--data ..." \\
-        --sft-flags "--data ..." --eval-flags "--data ..." --caption-eval-flags "--data ..."      # your own models and data: all five
+    python reproduce.py --out runs/own --results runs/own/RESULTS.md --picture runs/own/results.png --seeds 3 \\
+        --pretrain-flags "--vision facebook/dinov2-small --llm HuggingFaceTB/SmolLM2-135M --data train.jsonl" \\
+        --probe-flags "--data test.jsonl" --caption-eval-flags "--data captions.jsonl" \\
+        --sft-flags "--data talk.jsonl" --eval-flags "--data refer.jsonl vqa.jsonl"               # your own models and data: all five
 
 A cell is one variant (caption-only, patch-aligned, patch-aligned-cosine) with one seed, or one ablation with seed 0. Each goes through
 
@@ -55,9 +56,9 @@ class Args:
     out: str = "runs/reproduce"
     """folder of all cells"""
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
-    """what is compared"""
-    seeds: int = 5
-    """cells of each variant, with seeds from 0"""
+    """what is compared: caption-only, patch-aligned (softmax), patch-aligned-cosine"""
+    seeds: int = 0
+    """cells of each variant, with seeds from 0; 0: five, with --quick one"""
     patch_weight: float = 0
     """weight of the softmax patch loss; 0: pretrain.py's default"""
     cosine_weight: float = 0
@@ -81,7 +82,7 @@ class Args:
     jobs: int = 0
     """cells at a time, which share the CPU's cores; 0: 1 on a GPU, which often has room for more, else one for each core"""
     budget: float = 0
-    """seconds that this call may take, longer than any stage that writes no resume.pt; 0: no limit"""
+    """seconds that this call may take, and more than probe.py or eval.py, which do not resume; 0: no limit"""
     report: bool = False
     """run nothing, report what is there"""
     results: str = "RESULTS.md"
@@ -90,7 +91,7 @@ class Args:
     """the picture"""
 
 
-QUICK = dict(out="runs/quick", seeds=1, results="runs/quick/RESULTS.md", picture="runs/quick/results.png")             # flags under --quick
+QUICK = dict(out="runs/quick", results="runs/quick/RESULTS.md", picture="runs/quick/results.png")             # flags under --quick
 FLAGS = {"pretrain": "--steps 100", "probe": "--images 60", "caption_eval": "--limit 60", "sft": "--steps 100", "eval": "--limit 60"}
 OWN = {"--out", "--seed", "--resume", "--keep-every", "--patch-loss", "--patch-weight"}        # these are set here, not by a user
 TOY_KEEP_EVERY = 100                                            # fine-tuning steps between points of the curve
@@ -111,7 +112,7 @@ def check(args: Args) -> Args:
         args = dataclasses.replace(args, **{k: v for k, v in QUICK.items() if getattr(args, k) == getattr(defaults, k)})
     if unknown := set(args.variants) - set(VARIANTS):
         raise InputError(f"--variants {' '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
-    for name, low in (("seeds", 1), ("patch_weight", 0), ("cosine_weight", 0), ("keep_every", -1), ("jobs", 0), ("budget", 0)):
+    for name, low in (("seeds", 0), ("patch_weight", 0), ("cosine_weight", 0), ("keep_every", -1), ("jobs", 0), ("budget", 0)):
         if getattr(args, name) < low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is less than {low}")
     given = {f"--{stage.replace('_', '-')}-flags": {flag.split("=")[0] for flag in flags(args, stage)} for stage in FLAGS}
@@ -124,7 +125,8 @@ def check(args: Args) -> Args:
     keep_every = args.keep_every if args.keep_every >= 0 else TOY_KEEP_EVERY * bool(lacking)
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     variants = [v for v in VARIANTS if v in args.variants]
-    return dataclasses.replace(args, out=str(Path(args.out)), variants=variants, keep_every=keep_every, jobs=jobs)
+    return dataclasses.replace(args, out=str(Path(args.out)), variants=variants, keep_every=keep_every, jobs=jobs,
+                               seeds=args.seeds or (1 if args.quick else 5))
 
 
 # -------------------------------------------------------------------------------------------------------------- cells and stages
@@ -198,7 +200,8 @@ def command_line(stage: Stage) -> str:
 
 def made_by(stage: Stage, args: Args) -> str:
     """The command as it is recorded: with OUT for the folder, which may be moved."""
-    return command_line(stage).replace(f"{args.out}/", "OUT/")
+    moved = [f"OUT/{text.removeprefix(f'{args.out}/')}" if text.startswith(f"{args.out}/") else text for text in stage.command]
+    return shlex.join(["python", *moved])
 
 
 def record(stage: Stage, **values) -> dict:
@@ -330,7 +333,8 @@ def report(args: Args, plan: list[Cell], table: results.Table, command: str) -> 
         f"- seeds: from 0 on, {', '.join(f'{variant} {n}' for variant, n in finished.items())}",
         "- minutes, mean: " + ", ".join(f"{name} {statistics.fmean(m):.1f}" for name, m in minutes.items()), "",
         f"The cell {plan[0].label} is", "", *example, "", "The others differ in --seed and in these flags of pretrain.py: "
-        f"{'; '.join(f'{name} `{text}`' if text else f'{name} none' for name, text in changed.items())}.", "",
+        f"{'; '.join(f'{name} `{text}`' if text else f'{name} none' for name, text in changed.items())}." +
+        " Ablations keep no points of the curve." * (args.ablations and args.keep_every > 0), "",
         "Scores: mean over seeds ± half of its 95 % t-interval; of one seed alone [95 % interval of the bootstrap over images]. Changes "
         f"are from {BASE}: relative to its mean (in brackets the mean paired difference ± half of its 95 % interval, and p of the paired "
         "t-test over seeds); bold: the interval excludes zero. p is not corrected for the number of rows. Losses are better when lower; a "

@@ -179,28 +179,25 @@ def atomic(path):
 
 
 def save_resume(path: Path, args, step: int, **state) -> None:
-    """Training state after `step` updates, on rank 0: whatever is given, the flags, and torch's random state. The data position is the
-    step itself."""
+    """Training state after `step` updates, on rank 0: whatever is given, and the flags. The data position and the random numbers are
+    functions of the step."""
     if rank() == 0:
         with atomic(path) as temporary:
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            torch.save(dict(state, step=step, args=dataclasses.asdict(args), rng=torch.get_rng_state(), cuda_rng=cuda), temporary)
+            torch.save(dict(state, step=step, args=dataclasses.asdict(args)), temporary)
 
 
 def load_resume(path: Path, args, free: set[str], bad_input: type[Exception]) -> dict:
-    """What `save_resume` wrote; torch's random state is set again. `free`: flags that may differ. `bad_input`: no file, or other flags."""
+    """What `save_resume` wrote. `free`: flags that may differ. `bad_input`: no file, or other flags."""
     if not path.is_file():
         raise bad_input(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                    # truncated or foreign
         raise bad_input(f"--resume: {path} cannot be read; start again without --resume") from None
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
+    flag = {f.name: "" if f.metadata.get("positional") else f"--{f.name.replace('_', '-')} " for f in dataclasses.fields(args)}
+    changed = [f"{flag.get(k, k + ' ')}{v}" for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
     if changed:
         raise bad_input(f"--resume: {path} was written with {', '.join(changed)}; use the same flags")
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
     log(f"resumed {path} at step {state['step']}")
     return state
 

@@ -45,7 +45,7 @@ class Args:
     data: str = ""
     """records to train on, .json or .jsonl; none: the toy world"""
     image_dir: str = ""
-    """folder of the records' images"""
+    """folder that the records' image paths are relative to; none: images/ beside the records"""
     val_data: str = ""
     """records to validate on (toy world: its validation split)"""
     prompt: str = field(default="", metadata={"choices": ["", *PROMPTS[1:]]})
@@ -59,7 +59,7 @@ class Args:
     lora_rank: int = 128
     """rank of the factors"""
     lora_alpha: float = 256
-    """their product counts alpha / rank times"""
+    """their product is scaled by alpha / rank"""
     lora_dropout: float = 0.05
     """share of a linear map's inputs that its factors do not see"""
     lora_modules: list[str] = field(default_factory=list)
@@ -97,30 +97,35 @@ class Args:
     workers: int = -1
     """data loading processes per rank; -1: 4 on a GPU, 0 on a CPU"""
     seed: int = 0
-    """of the data order, LoRA's initial values and its dropout"""
+    """of the data order, of LoRA's initial values and dropout"""
     resume: bool = False
     """go on from OUT/resume.pt"""
     overfit: bool = False
     """train on the first batch only, over and over: the loss must fall"""
 
 
-FREE = {"out", "resume", "micro_batch", "workers", "save_every", "keep_every", "log_every", "val_every", "shard", "checkpointing"}
+FREE = {"out", "resume", "micro_batch", "workers", "save_every", "keep_every", "log_every", "val_every", "shard", "checkpointing", "merge"}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def check(args: Args) -> Args:
     """Fill in what depends on the data; refuse what makes no sense."""
     for name, low in (("steps", -1), ("batch_size", 0), ("micro_batch", 0), ("lr", 0), ("projector_lr", 0), ("warmup", 0), ("val_every", 0),
-                      ("save_every", 1), ("keep_every", 0), ("log_every", 1), ("seed", 0), ("lora_rank", 1), ("lora_dropout", 0)):
+                      ("save_every", 1), ("keep_every", 0), ("log_every", 1), ("seed", 0), ("max_length", 1), ("lora_rank", 1),
+                      ("lora_dropout", 0)):
         if getattr(args, name) < low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is less than {low}")
     if not args.clip > 0 or args.lora_dropout >= 1:
         raise InputError(f"--clip {args.clip} must be above 0, --lora-dropout {args.lora_dropout} below 1")
-    if args.merge and args.tune != "lora":
-        raise InputError("--merge merges LoRA's factors: it goes with --tune lora")
+    defaults = Args("")
+    given = [f"--{n.replace('_', '-')}" for n in ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules", "merge")
+             if getattr(args, n) != getattr(defaults, n)]
+    if given and args.tune != "lora":
+        raise InputError(f"{', '.join(given)}: of use with --tune lora only")
     if args.shard and runtime.world() == 1:
         raise InputError("--shard splits the model over processes: start it with torchrun --nproc_per_node N, N > 1")
     if args.data:
+        args = dataclasses.replace(args, image_dir=args.image_dir or str(Path(args.data).parent / "images"))
         recipe = dict(steps=-1, batch_size=128, lr=2e-5 if args.tune == "full" else 2e-4, projector_lr=2e-5, prompt="v1")
     else:
         for name in ("image_dir", "val_data"):
@@ -172,14 +177,15 @@ def shard(model: PatchAlignedModel, device: torch.device, dtype: torch.dtype) ->
 # ------------------------------------------------------------------------------------------------------------------- validation
 
 @torch.no_grad()
-def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device, autocast) -> dict:
-    """Mean loss per token of the answers over the validation records, nats."""
+def validate(model: PatchAlignedModel, loader: DataLoader, count: int, device: torch.device, autocast) -> dict:
+    """Mean loss per token of the answers over the validation records, nats. Batches from `count` on only keep this process in step."""
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
-    for batch in loader:
+    for i, batch in enumerate(loader):
         with autocast:
             sums = model(runtime.to_device(batch, device))
-        totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens")])
+        if i < count:
+            totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens")])
     runtime.all_sum([totals := totals.to(device)])
     model.train()
     return dict(val_loss=runtime.mean(*totals.tolist()))
@@ -203,9 +209,11 @@ def main(args: Args) -> None:
         first = state["step"]
     elif rank == 0:
         (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
-    model.to(device)
     if args.shard:
+        model.encoder.to(device)                                                                     # the rest goes there in shards
         shard(model, device, dtype)
+    else:
+        model.to(device)
     projector, rest = list(model.projector.parameters()), [p for p in model.llm.parameters() if p.requires_grad]
     parameters = projector + rest
 
@@ -219,9 +227,10 @@ def main(args: Args) -> None:
     validation = None
     if args.val_data:
         held_out = model.records(args.val_data, args.image_dir, max_length=args.max_length, require_image=False)
-        count = len(held_out) // world * world if args.shard else len(held_out)                      # shards are gathered together: as
-        own = list(range(rank, count, world))                                                        # many batches on every rank
-        validation = runtime.loader(held_out, [own[i: i + micro] for i in range(0, len(own), micro)], batched, args.workers, device)
+        own = list(range(rank, len(held_out), world))
+        index_lists = [own[i: i + micro] for i in range(0, -(-len(held_out) // world), micro)]       # shards are gathered together, so
+        counted = sum(map(bool, index_lists))                                                        # every rank has as many batches
+        validation = runtime.loader(held_out, [indices or [0] for indices in index_lists], batched, args.workers, device)
     shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
     index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
     batches = iter(runtime.loader(dataset, index_lists, batched, args.workers, device))
@@ -242,6 +251,7 @@ def main(args: Args) -> None:
     val_every, result, began = args.val_every or max(1, steps // 5), {}, time.time()
     progress = tqdm(range(first, steps), desc="sft", initial=first, total=steps, disable=rank > 0, mininterval=1)
     for step in progress:
+        torch.manual_seed(hash((args.seed, step, rank)))                                             # dropout needs no state to resume
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * runtime.cosine(step, steps, int(args.warmup * steps))
 
@@ -268,25 +278,27 @@ def main(args: Args) -> None:
             metrics.write(done, loss=loss, lr=optimizer.param_groups[1]["lr"], grad_norm=norm.item(),
                           samples_per_second=(done - first) * args.batch_size / (time.time() - began))
             progress.set_postfix(loss=loss)
-        if validation and (done % val_every == 0 or done == steps):
-            result = validate(model, validation, device, autocast)
+        if validation is not None and (done % val_every == 0 or done == steps):
+            result = validate(model, validation, counted, device, autocast)
             metrics.write(done, **result)
             runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
         if done % args.save_every == 0 or done == steps:
             runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(),
                                 optimizer=get_optimizer_state_dict(model, optimizer, options=WHOLE))
         if args.keep_every and done % args.keep_every == 0 and done < steps:
-            save(out / f"ckpt-{done}.pt", model, dict(result, steps=done), dtype)
+            save(out / f"ckpt-{done}.pt", model, dict(steps=done), dtype)
 
     # ---- save
-    if validation and not result:
-        result = validate(model, validation, device, autocast)
-    save(out / "ckpt.pt", model, dict(result, steps=steps), dtype)
+    if validation is not None and not result:
+        result = validate(model, validation, counted, device, autocast)
+    written = out / ("factors.pt" if args.merge else "ckpt.pt")
+    save(written, model, dict(result, steps=steps), dtype)
     if args.merge and rank == 0:
-        merged, checkpoint = load_checkpoint(out / "ckpt.pt", dtype=dtype)
+        merged, checkpoint = load_checkpoint(written, dtype=dtype)
         merge_lora(merged)
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, merged, "sft", checkpoint["metrics"], merged.trained_state())
+        written.unlink()
     runtime.log(f"wrote {out / 'ckpt.pt'}; next: python eval.py {out / 'ckpt.pt'}")
 
 

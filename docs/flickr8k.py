@@ -5,7 +5,7 @@
 reads:  a (gzipped) JSONL file, a line per image: {"image", "split": train | dev | test, "captions": [..],
         "regions": [{"phrase", "bbox": [x0, y0, x1, y1] in pixels, "entity"}]}, and --size, the images' (width, height)
 writes: OUT/{train,val,test}.jsonl           a record per training caption, one per other image, with regions   (pretrain.py, probe.py)
-        OUT/{train,val}_sft.jsonl            per image a conversation: a caption, boxes of phrases, what is there    (sft.py)
+        OUT/{train,val}_sft.jsonl            per image a conversation: a caption or what is there, then boxes of phrases   (sft.py)
         OUT/test_{caption,refer,exist}.jsonl five references each; phrases with one box; yes or no           (eval.py)
 """
 import argparse
@@ -55,13 +55,16 @@ def main() -> None:
         told = [[x0 / width, y0 / height, x1 / width, y1 / height] for _, (x0, y0, x1, y1) in boxes]
         refer = [(REFER.format(phrase), "[" + ", ".join(f"{min(max(n, 0), 1):.2f}" for n in box) + "]") for (phrase, _), box in
                  zip(boxes, told)][:3]
+        phrases = every[image["split"]]
         there = sorted({r["phrase"] for r in image["regions"]})
         seen = set(" ".join(there + image["captions"]).lower().split())
-        absent = [p for p in rng.sample(every[image["split"]], 60) if p.split()[-1].lower() not in seen][:2]      # its noun is never said
+        drawn = dict.fromkeys(rng.sample(phrases, min(60, len(phrases))))
+        absent = [p for p in drawn if p.split()[-1].lower() not in seen][:2]                                 # its noun is never said
         exist = [(EXIST.format(p), "yes") for p in rng.sample(there, min(2, len(there)))] + [(EXIST.format(p), "no") for p in absent]
         if split != "test":
-            turns = [(DESCRIBE, rng.choice(image["captions"])), *refer, *exist]
-            rng.shuffle(turns)
+            rng.shuffle(exist)
+            turns = [(DESCRIBE, rng.choice(image["captions"]))] if rng.random() < 0.5 else exist         # never both: one tells the other
+            turns += refer
             lines.setdefault(f"{split}_sft", []).append(record(name, "", turns))
             continue
         lines.setdefault("test_caption", []).append(record(name, "", [(DESCRIBE, image["captions"][0])], task="caption",

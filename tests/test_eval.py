@@ -1,5 +1,6 @@
 """eval.py against coco-caption's own code and worked examples; a run with known answers; and real checkpoints from a user's shell."""
 
+import functools
 import json
 import random
 import re
@@ -123,7 +124,7 @@ def test_boxes_of_both_frames():
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("b", "B"), ("B.", "B"), ("(B)", "B"), ("B) the red one", "B"), ("b: red", "B"), ("The answer is B", "B"),
     ("The correct answer is: (c).", "C"), ("option A", "A"), ("It must be (D), I think", "D"), ("b, since it is red", "B"), ("A", "A"),
-    ("A dog", None), ("I think so", None), ("The answer is a dog", None), ("red", None), ("", None)])
+    ("A dog", None), ("I do not know the answers.", None), ("I think so", None), ("The answer is a dog", None), ("red", None), ("", None)])
 def test_parse_choice(text, letter):
     assert evaluation.parse_choice(text) == letter
 
@@ -141,7 +142,7 @@ def test_bootstrap_draws_images_with_all_their_records():
     alone = score(evaluation.bootstrap(statistics, list(range(200)), 4000, seed=0))
     assert alone.std() == pytest.approx((0.4 * 0.6 / 200) ** 0.5, rel=0.05)
     ends = evaluation.interval(draws)
-    assert ends["low"] == pytest.approx(0.2, abs=0.06) and ends["high"] == pytest.approx(0.6, abs=0.06)
+    assert [ends["low"], ends["high"]] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=1e-9) and ends["low"] < 0.25
     again = evaluation.bootstrap(statistics, images, 4000, seed=0)
     assert np.array_equal(score(again), draws) and not np.array_equal(score(evaluation.bootstrap(statistics, images, 4000, seed=1)), draws)
     order = np.random.default_rng(0).permutation(200)
@@ -248,24 +249,31 @@ def test_a_file_of_all_tasks(sft, mixed, tmp_path, monkeypatch, capsys):
 
 
 def test_checkpoints_are_compared_on_the_same_draws(sft, mixed, tmp_path, monkeypatch, capsys):
-    """A model that says nothing against one that knows: the difference of two checkpoints that say the same is 0 in every draw."""
-    monkeypatch.setattr(PatchAlignedModel, "generate", scripted)
-    paths = [tmp_path / name / "ckpt.pt" for name in ("first", "same", "silent")]
+    """A model that knows, one that says nothing, and one that says what the first does: differences from the first, 0 in every draw for
+    the last; where the first is right at least as often in every draw, its lead is never above 0."""
+    paths, load = [tmp_path / name / "ckpt.pt" for name in ("first", "silent", "same")], evaluation.load_checkpoint
+
+    def loaded(path, *options, **named):
+        model, checkpoint = load(path, *options, **named)
+        speaks = scripted if "silent" not in str(path) else lambda model, prompts, pixels, tokens: [""] * len(prompts)
+        monkeypatch.setattr(model, "generate", functools.partial(speaks, model))
+        return model, checkpoint
+
+    monkeypatch.setattr(evaluation, "load_checkpoint", loaded)
     for path in paths:
         path.parent.mkdir()
         path.write_bytes(sft[0].read_bytes())
-    evaluation.main(evaluation.Args([str(p) for p in paths[:2]], data=[mixed], batch_size=5, bootstrap=100))
-    first, same = (json.loads((p.parent / "eval.json").read_text()) for p in paths[:2])
-    assert first["scores"] == same["scores"] and same["versus"]["checkpoint"] == str(paths[0])
+    evaluation.main(evaluation.Args([str(p) for p in paths], data=[mixed], batch_size=5, bootstrap=100))
+    first, silent, same = (json.loads((p.parent / "eval.json").read_text()) for p in paths)
+    assert first["scores"] == same["scores"] and same["versus"]["checkpoint"] == silent["versus"]["checkpoint"] == str(paths[0])
     assert all(d == {"difference": 0, "low": 0, "high": 0} for d in same["versus"]["scores"].values())
     assert same["versus"]["scores"].keys() == same["scores"].keys()
-    assert "same - first" in capsys.readouterr().out.splitlines()[0]
-
-    monkeypatch.setattr(PatchAlignedModel, "generate", lambda model, prompts, pixels, tokens: [""] * len(prompts))
-    evaluation.main(evaluation.Args([str(paths[2])], data=[mixed], batch_size=5, bootstrap=100))
-    silent = json.loads((paths[2].parent / "eval.json").read_text())
     assert all(score["value"] == pytest.approx(0, abs=1e-9) for score in silent["scores"].values())
-    assert silent["unparsed"] == {"mixed": 12}
+    for key, d in silent["versus"]["scores"].items():
+        assert d["difference"] == pytest.approx(-first["scores"][key]["value"], abs=1e-9) and d["low"] <= d["difference"] <= d["high"] <= 0
+        assert d["low"] == pytest.approx(-first["scores"][key]["high"], abs=1e-9)
+    assert silent["unparsed"] == {"mixed": 12} and same["unparsed"] == {"mixed": 4}
+    assert re.search("silent - first .*same - first", capsys.readouterr().out.splitlines()[0])
 
 
 def test_the_frame_of_boxes_is_a_flag_and_a_limit_is_spread(sft, mixed, tmp_path, monkeypatch):
@@ -328,6 +336,8 @@ def test_what_a_record_may_leave_out(tmp_path):
 
 
 def test_outputs_never_collide():
+    assert [f.name for f in evaluation.outputs(["r/ckpt-100.pt"], "")[1][0]] == ["eval-ckpt-100.json", "predictions-ckpt-100.jsonl"]
+    assert [f.name for f in evaluation.outputs(["r/ckpt-100.pt"], "o")[1][0]] == ["eval.json", "predictions.jsonl"]
     for checkpoints, out in ((["a/ckpt.pt", "b/ckpt.pt"], "x"), (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o"), (["r/one.pt", "r/two.pt"], "")):
         names, files = evaluation.outputs(checkpoints, out)
         assert len(set(names)) == 2 and len({file for pair in files for file in pair}) == 4

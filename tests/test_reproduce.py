@@ -182,14 +182,14 @@ def test_quick_is_one_seed_in_a_folder_of_its_own(place):
     args = check(Args(quick=True))
     assert (args.out, args.seeds, args.results, args.picture) == (
         "runs/quick", 1, "runs/quick/RESULTS.md", "runs/quick/results.png")
-    assert check(Args(quick=True, out="else")).out == "else"
+    assert check(Args(quick=True, out="else")).out == "else" and check(Args(quick=True, seeds=5)).seeds == 5 == check(Args()).seeds
     pretrain, *_ = plan(quick=True, pretrain_flags="--lr 1")["caption-only-0"]
     assert pretrain.startswith("python pretrain.py --steps 100 --lr 1 --patch-weight 0")
 
 
 @pytest.mark.parametrize("given, message", [
     (dict(variants=["caption"]), "--variants caption: choose from caption-only"),
-    (dict(seeds=0), "--seeds 0 is less than 1"),
+    (dict(seeds=-1), "--seeds -1 is less than 0"),
     (dict(budget=-1), "--budget -1 is less than 0"),
     (dict(sft_flags="--steps 3 --seed=4"), "--sft-flags: --seed cannot be given there"),
     (dict(pretrain_flags="--patch-weight 1"), "--pretrain-flags: --patch-weight cannot"),

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import data
+import sft
 from model import load_checkpoint, read_checkpoint
 
 SMALL = ["--lora-rank", 4, "--lora-alpha", 8]
+TUNE = {"full": [], "lora": ["--tune", "lora", *SMALL, "--lora-dropout", 0]}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def start(run, world, tmp_path_factory):
 def flags(start, world):
     """A short run on the small world; later flags override earlier ones."""
     return [start, "--data", world / "train_sft.jsonl", "--image-dir", world / "images", "--val-data", world / "val_sft.jsonl",
-            "--steps", 4, "--batch-size", 8, "--log-every", 1, "--prompt", "chat", "--lr", 1e-3, "--projector-lr", 1e-3]
+            "--steps", 4, "--batch-size", 8, "--log-every", 1, "--prompt", "chat", "--lr", 1e-3, "--projector-lr", 3e-3]
 
 
 def finished(done):
@@ -46,22 +48,22 @@ def assert_same(a, b, tolerance):
         assert log(a, key) == pytest.approx(log(b, key), rel=tolerance), key
     states = [read_checkpoint(folder / "ckpt.pt")["model"] for folder in (a, b)]
     assert states[0].keys() == states[1].keys()
-    for name in states[0]:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=100 * tolerance)   # Adam divides small gradients
+    difference = torch.cat([(states[0][name].float() - states[1][name].float()).abs().flatten() for name in states[0]])
+    assert difference.mean() <= tolerance and difference.max() <= 100 * tolerance                      # Adam divides small gradients
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def straight(request, run, flags, tmp_path_factory):
     """One process, batches in one piece: (how it is tuned, its folder, what it printed)."""
     out = tmp_path_factory.mktemp(request.param)
-    return request.param, out, finished(run("sft.py", *flags, *SMALL, "--tune", request.param, "--lora-dropout", 0, "--out", out))
+    return request.param, out, finished(run("sft.py", *flags, *TUNE[request.param], "--out", out))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the products are in bfloat16, which rounds differently in smaller batches")
 @pytest.mark.parametrize("how", [["--micro-batch", 3], ["--shard", "--checkpointing"]], ids=["replicated", "sharded"])
 def test_two_processes_give_what_one_gives(run, flags, straight, how, tmp_path):
     tune, out, _ = straight
-    said = finished(run("sft.py", *flags, *SMALL, "--tune", tune, "--lora-dropout", 0, *how, "--out", tmp_path, processes=2))
+    said = finished(run("sft.py", *flags, *TUNE[tune], *how, "--out", tmp_path, processes=2))
     assert "2 processes" in said and ("in shards" in said) == ("--shard" in how)
     assert_same(out, tmp_path, 2e-5)
 
@@ -121,28 +123,42 @@ def test_merged_lora_generates_what_the_factors_do(run, flags, world, tmp_path):
     assert factors.generate(prompts, pixels, max_new_tokens=12) != said[0]
 
 
-def test_resuming_in_mid_epoch_is_not_noticeable(run, flags, world, tmp_path):
+def test_the_recipe_is_llavas(start):
+    full, lora = (sft.check(sft.Args(str(start), data="there/talk.json", tune=tune)) for tune in ("full", "lora"))
+    assert (full.lr, full.projector_lr, full.batch_size, full.prompt, full.image_dir) == (2e-5, 2e-5, 128, "v1", "there/images")
+    assert (lora.lr, lora.projector_lr) == (2e-4, 2e-5)
+    for checkpointing in (False, True):
+        model = sft.inherit(sft.Args(str(start), prompt="chat", checkpointing=checkpointing), torch.float32)
+        assert model.llm.model.gradient_checkpointing == checkpointing
+
+
+@pytest.mark.parametrize("how", [[*TUNE["lora"], "--lora-dropout", 0.2], ["--shard"]], ids=["dropout", "sharded"])
+def test_resuming_in_mid_epoch_is_not_noticeable(run, flags, world, how, tmp_path):
     """An image of the sixth step is broken: one line, and resume.pt of step 4 stays. Mended and resumed, dropout and all, it ends as if
     unstopped."""
+    processes = 2 if "--shard" in how else 0
     images = tmp_path / "images"
     shutil.copytree(world / "images", images)
     records = data.read_records(world / "train_sft.jsonl")
     own = [records[i] for i in data.StepSampler(len(records), 8, 0).indices(5)]
     earlier = {records[i].get("image") for step in range(5) for i in data.StepSampler(len(records), 8, 0).indices(step)}
     name = next(r["image"] for r in own if r.get("image") not in {None, *earlier})
-    arguments = [*flags, *SMALL, "--tune", "lora", "--lora-dropout", 0.2, "--steps", 8, "--save-every", 4, "--image-dir", images]
-    finished(run("sft.py", *arguments, "--out", tmp_path / "straight", "--keep-every", 3))
+    arguments = [*flags, *how, "--steps", 8, "--save-every", 4, "--image-dir", images]
+    finished(run("sft.py", *arguments, "--out", tmp_path / "straight", "--keep-every", 3, processes=processes))
     assert sorted(f.name for f in (tmp_path / "straight").glob("ckpt*")) == ["ckpt-3.pt", "ckpt-6.pt", "ckpt.pt"]
     whole = (images / name).read_bytes()
     (images / name).write_bytes(whole[:700])
-    stopped = run("sft.py", *arguments, "--out", tmp_path / "run")
-    assert stopped.returncode == 2 and re.search(rf"^error: .*{name}.*truncated", stopped.stderr, re.M), stopped.stderr
+    stopped = run("sft.py", *arguments, "--out", tmp_path / "run", processes=processes)
+    assert stopped.returncode and re.search(rf"^error: .*{name}.*truncated", stopped.stderr, re.M), stopped.stderr
     assert {f.name for f in (tmp_path / "run").iterdir()} == {"resume.pt", "metrics.jsonl"}
     (images / name).write_bytes(whole)
-    changed = run("sft.py", *arguments, "--out", tmp_path / "run", "--resume", "--lr", 0.5)
-    assert changed.returncode == 2 and "with --lr 0.001; use the same flags" in changed.stderr
-    assert "at step 4" in finished(run("sft.py", *arguments, "--out", tmp_path / "run", "--resume"))
+    changed = run("sft.py", *arguments, "--out", tmp_path / "run", "--resume", "--lr", 0.5, processes=processes)
+    assert changed.returncode and "with --lr 0.001; use the same flags" in changed.stderr
+    assert "at step 4" in finished(run("sft.py", *arguments, "--out", tmp_path / "run", "--resume", processes=processes))
     assert_same(tmp_path / "straight", tmp_path / "run", 0)
+    kept, last = (read_checkpoint(tmp_path / "straight" / f"{name}.pt") for name in ("ckpt-3", "ckpt"))
+    assert kept["metrics"] == {"steps": 3} and last["metrics"]["steps"] == 8
+    assert kept["model"].keys() == last["model"].keys() and any((kept["model"][n] != t).any() for n, t in last["model"].items())
 
 
 def test_overfitting_one_batch(run, flags, tmp_path):
@@ -153,7 +169,7 @@ def test_overfitting_one_batch(run, flags, tmp_path):
 BROKEN = {
     "stage": (["{sft}"], "a checkpoint of stage sft; sft.py starts from one that torchrun pretrain.py has written"),
     "checkpoint": (["nowhere.pt"], "nowhere.pt: no such checkpoint file"),
-    "merge": (["{start}", "--merge"], "--merge merges LoRA's factors: it goes with --tune lora"),
+    "merge": (["{start}", "--merge", "--lora-rank", 4], "--lora-rank, --merge: of use with --tune lora only"),
     "shard": (["{start}", "--shard"], "--shard splits the model over processes: start it with torchrun"),
     "modules": (["{start}", "--tune", "lora", "--lora-modules", "query", "{data}"], "--lora-modules query: choose from the language"),
     "prompt": (["{start}", "--prompt", "plain"], "--prompt: invalid choice"),
