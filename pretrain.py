@@ -62,7 +62,7 @@ class Args:
     """share of a patch that a region must cover to label it"""
     patch_loss: str = field(default="softmax", metadata={"choices": ["softmax", "cosine"]})
     """softmax over the vocabulary, or the plain cosine pull"""
-    patch_weight: float = 0.03
+    patch_weight: float = 1
     """weight of the patch loss; 0 is the caption-only baseline"""
     patch_schedule: str = field(default="constant", metadata={"choices": ["constant", "decay"]})
     """decay: the weight falls linearly to 0 over the steps"""

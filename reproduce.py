@@ -133,7 +133,7 @@ def check(args: Args) -> Args:
 
 ABLATIONS = {
     "tau-0.03": {"--tau": "0.03"}, "tau-0.2": {"--tau": "0.2"},
-    **{f"weight-{w}": {"--patch-weight": w} for w in ("0.01", "0.1", "0.3", "1")},
+    **{f"weight-{w}": {"--patch-weight": w} for w in ("0.03", "0.1", "0.3", "3")},
     "decay": {"--patch-schedule": "decay"},
     "coverage-0.1": {"--coverage": "0.1"}, "coverage-0.5": {"--coverage": "0.5"},
     LINEAR: {"--projector": "linear", "--patch-weight": "0"}, "linear": {"--projector": "linear"},

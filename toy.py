@@ -35,8 +35,8 @@ import runtime
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data" / "toy"
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
-VERSION = 3                                        # of the data: a folder of another version is rebuilt
-SPLITS = {"train": 4096, "val": 256, "test": 300, "hard": 300, "distract": 300}                    # images
+VERSION = 4                                        # of the data: a folder of another version is rebuilt
+SPLITS = {"train": 8192, "val": 256, "test": 300, "hard": 300, "distract": 300}                    # images
 PRETRAIN = {"steps": 500, "batch_size": 32}       # of pretrain.py when it is started without --data
 SFT = {"steps": 600, "batch_size": 32, "lr": 1e-3, "projector_lr": 1e-3, "prompt": "chat"}         # of sft.py, likewise
 SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "hard": 3 << 24, "distract": 5 << 24}        # scene i of a split: seed + i

@@ -151,8 +151,8 @@ def test_what_the_variants_and_ablations_change(place):
     assert flags.pop("caption-only-0") == "--patch-weight 0"
     assert flags.pop("patch-aligned-0") == ""
     assert flags.pop("patch-aligned-cosine-0") == "--patch-loss cosine --patch-weight 2"
-    assert flags == {"tau-0.03-0": "--tau 0.03", "tau-0.2-0": "--tau 0.2", "weight-0.01-0": "--patch-weight 0.01",
-                     "weight-0.1-0": "--patch-weight 0.1", "weight-0.3-0": "--patch-weight 0.3", "weight-1-0": "--patch-weight 1",
+    assert flags == {"tau-0.03-0": "--tau 0.03", "tau-0.2-0": "--tau 0.2", "weight-0.03-0": "--patch-weight 0.03",
+                     "weight-0.1-0": "--patch-weight 0.1", "weight-0.3-0": "--patch-weight 0.3", "weight-3-0": "--patch-weight 3",
                      "decay-0": "--patch-schedule decay", "coverage-0.1-0": "--coverage 0.1", "coverage-0.5-0": "--coverage 0.5",
                      "linear-caption-only-0": "--projector linear --patch-weight 0", "linear-0": "--projector linear",
                      "centre-words-0": "--centre-words"}
