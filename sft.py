@@ -104,7 +104,8 @@ class Args:
     """train on the first batch only, over and over: the loss must fall"""
 
 
-FREE = {"out", "resume", "micro_batch", "workers", "save_every", "keep_every", "log_every", "val_every", "shard", "checkpointing", "merge"}
+FREE = {"checkpoint", "out", "resume", "micro_batch", "workers", "save_every", "keep_every", "log_every", "val_every", "shard",
+        "checkpointing", "merge"}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -205,6 +206,8 @@ def main(args: Args) -> None:
     model, state, first = inherit(args, dtype), None, 0
     if args.resume:
         state = runtime.load_resume(out / "resume.pt", args, FREE, InputError)
+        if state["config"] != model.config:
+            raise InputError(f"--resume: {out / 'resume.pt'} is not from {args.checkpoint}, whose backbones or losses are others")
         load_trained(model, state["model"], out / "resume.pt")
         first = state["step"]
     elif rank == 0:
@@ -283,7 +286,7 @@ def main(args: Args) -> None:
             metrics.write(done, **result)
             runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
         if done % args.save_every == 0 or done == steps:
-            runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(),
+            runtime.save_resume(out / "resume.pt", args, done, config=model.config, model=model.trained_state(),
                                 optimizer=get_optimizer_state_dict(model, optimizer, options=WHOLE))
         if args.keep_every and done % args.keep_every == 0 and done < steps:
             save(out / f"ckpt-{done}.pt", model, dict(steps=done), dtype)

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -430,8 +431,16 @@ def test_curve_and_ablations_and_picture(place):
     assert row(text, "tau-0.03")[-2:] == ["0.300 (-50.0 %)", ""] and row(text, "tau-0.03")[1] == "0.300 (+200.0 %)"
     image = Image.open("results.png")
     assert image.width == results.WIDTH
-    seen = dict((colour, n) for n, colour in image.getcolors(1 << 20))
-    assert all(seen[colour] > 300 for colour in results.COLOURS.values())
+    pixels = np.asarray(image)[: image.height - 100]                                        # above the legend
+
+    def places(variant, columns):
+        ys, xs = np.nonzero((pixels[:, columns] == results.COLOURS[variant]).all(-1))
+        assert len(xs) > 300
+        return xs.mean(), ys.mean()
+
+    changes, curves = slice(0, 1090), slice(1190, None)
+    assert places(ALIGNED, changes)[0] > places(COSINE, changes)[0]                         # more is to the right
+    assert places(ALIGNED, curves)[1] < places(BASE, curves)[1] < places(COSINE, curves)[1]                      # and up
 
 
 def test_where_a_variant_is_ahead():

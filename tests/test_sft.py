@@ -154,7 +154,11 @@ def test_resuming_in_mid_epoch_is_not_noticeable(run, flags, world, how, tmp_pat
     (images / name).write_bytes(whole)
     changed = run("sft.py", *arguments, "--out", tmp_path / "run", "--resume", "--lr", 0.5, processes=processes)
     assert changed.returncode and "with --lr 0.001; use the same flags" in changed.stderr
-    assert "at step 4" in finished(run("sft.py", *arguments, "--out", tmp_path / "run", "--resume", processes=processes))
+    moved, other = shutil.copy(arguments[0], tmp_path / "moved.pt"), read_checkpoint(arguments[0])
+    torch.save(other | {"config": other["config"] | {"tau": 0.5}}, tmp_path / "other.pt")
+    refused = run("sft.py", tmp_path / "other.pt", *arguments[1:], "--out", tmp_path / "run", "--resume", processes=processes)
+    assert refused.returncode and re.search("^error: --resume: .*resume.pt is not from .*other.pt", refused.stderr, re.M)
+    assert "at step 4" in finished(run("sft.py", moved, *arguments[1:], "--out", tmp_path / "run", "--resume", processes=processes))
     assert_same(tmp_path / "straight", tmp_path / "run", 0)
     kept, last = (read_checkpoint(tmp_path / "straight" / f"{name}.pt") for name in ("ckpt-3", "ckpt"))
     assert kept["metrics"] == {"steps": 3} and last["metrics"]["steps"] == 8
