@@ -126,9 +126,11 @@ class Score(NamedTuple):
 
 def evaluated(file: Path, part: str, step: int = 0) -> dict[Row, Score]:
     """The scores of an eval.json that METRICS names, in its order. Exact match counts for instructions, VQA accuracy for the others."""
-    found = {}
-    for key, score in (json.loads(file.read_text())["scores"] if file.exists() else {}).items():
+    found, every = {}, json.loads(file.read_text())["scores"] if file.exists() else {}
+    for key, score in every.items():
         stem, metric, *kind = key.split("/", 2)
+        if kind and score["n"] == every[f"{stem}/{metric}"]["n"]:                                        # the only kind, so nothing new
+            continue
         name, _, frame = metric.partition(" (")
         if name in METRICS and name != ("accuracy" if stem.endswith("instruct") else "exact"):
             label = ", ".join([METRICS[name] + f" ({frame}" * bool(frame), *kind, stem])

@@ -86,6 +86,11 @@ def test_what_is_trained_and_said(straight, start):
     moved = [n for n, p in model.llm.named_parameters() if p.requires_grad and (n.endswith(".B") and p.any() or tune == "full")]
     assert len(moved) == sum(n.endswith(".B") or tune == "full" for n in names - set(before["model"])) > 20
     assert log(out)[4] < log(out)[1] and set(log(out, "val_loss")) == {1, 2, 3, 4}
+    assert [log(out, "lr")[step] for step in (1, 3)] == [1e-3, 5e-4]                                     # cosine, no warm-up in 4 steps
+    if tune == "full":                                                   # Adam moves a weight by about its group's learning rate a step
+        far = [max((p - q).abs().max() for p, q in zip(getattr(model, part).parameters(), getattr(fresh, part).parameters()))
+               for part in ("projector", "llm")]
+        assert 2 < far[0] / far[1] < 4
 
 
 def test_only_answers_are_learnt_and_images_are_optional(start, world):
