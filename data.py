@@ -604,6 +604,8 @@ class Records(torch.utils.data.Dataset):
             image_path(record, self.image_dir or "", where)
             if self.image_dir is None or not self.image_dir.is_dir():
                 raise InputError(f"{where}: --image-dir {self.image_dir} is not a folder, but the record has an image")
+            if not image_path(record, self.image_dir, where).is_file():
+                raise InputError(f"{where}: no image {image_path(record, self.image_dir, where)}")
         if not isinstance(regions or [], list):
             raise InputError(f'{where}: "regions" is not a list')
         for i, region in enumerate(regions or []):

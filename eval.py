@@ -452,7 +452,10 @@ def outputs(checkpoints, out):
     folders = [Path(out or Path(c).parent) for c in checkpoints]
     other = [not out and Path(c).name != "ckpt.pt" for c in checkpoints]                        # than the folder's usual one
     endings = [f"-{n}" if folders.count(f) > 1 or o else "" for f, n, o in zip(folders, names, other)]
-    return names, [(f / f"eval{e}.json", f / f"predictions{e}.jsonl") for f, e in zip(folders, endings)]
+    files = [(f / f"eval{e}.json", f / f"predictions{e}.jsonl") for f, e in zip(folders, endings)]
+    if len(set(files)) < len(files):
+        raise InputError(f"{' '.join(map(str, checkpoints))}: two of them would be written to one file; name each once")
+    return names, files
 
 
 def answerable(path, items, toy):

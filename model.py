@@ -58,6 +58,7 @@ class PatchAlignedModel(nn.Module):
         loaded = load_backbone(AutoModel, vision, "--vision", dtype=dtype)
         self.encoder = getattr(loaded, "vision_model", loaded).requires_grad_(False)                # CLIP's, SigLIP's image half
         self.llm = load_backbone(AutoModelForCausalLM, llm, "--llm", dtype=dtype).requires_grad_(False)
+        self.llm.generation_config = GenerationConfig()         # transformers would fill up ours from the model's own, which may penalise
         self.tokenizer = load_backbone(AutoTokenizer, llm, "--llm")
 
         settings = self.encoder.config
@@ -198,7 +199,7 @@ class PatchAlignedModel(nn.Module):
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         H = self.projector(self.encode(pixel_values)) if len(pixel_values) else ids.new_empty(0, 0, self.word_embeddings.shape[1]).float()
         greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=self.pad_id,
-                                  eos_token_id=self.tokenizer.eos_token_id)     # not the model's own, which may sample or penalise
+                                  eos_token_id=self.tokenizer.eos_token_id)
         answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, generation_config=greedy)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

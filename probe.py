@@ -44,6 +44,8 @@ class Args:
     """records (JSON or JSONL); none: the toy world's test split"""
     regions: str = ""
     """optional second file of {id, regions}, joined on id"""
+    coverage: float = 0
+    """share of a patch that a region must cover to label it; 0: as in the checkpoint's training"""
     image_dir: str = ""
     """folder that the records' image paths are relative to; none: images/ beside the records"""
     out: str = ""
@@ -449,12 +451,17 @@ def outputs(checkpoints, out):
     if len(set(names)) < len(names):
         names = [c.strip("./").replace("/", "-") for c in checkpoints]
     folders = [Path(out or Path(c).parent) for c in checkpoints]
-    return names, [f / (f"probe-{n}.json" if folders.count(f) > 1 else "probe.json") for f, n in zip(folders, names)]
+    other = [not out and Path(c).name != "ckpt.pt" for c in checkpoints]                        # than the folder's usual one
+    files = [f / (f"probe-{n}.json" if folders.count(f) > 1 or o else "probe.json") for f, n, o in zip(folders, names, other)]
+    if len(set(files)) < len(files):
+        raise data.InputError(f"{' '.join(map(str, checkpoints))}: two of them would be written to one file; name each once")
+    return names, files
 
 
 def probe(path, records, shown, image_dir, palette, args, device):
     """One checkpoint -> (its probe.json, its column of the picture). The model is freed on return."""
     model, _ = load_checkpoint(path, device, runtime.precision(device))
+    model.config["coverage"] = args.coverage or model.config["coverage"]
     model.eval()
     z, h, words = collect(model, records, image_dir, args.batch_size)
     result = {"checkpoint": str(path)} | analyse(model, z, h, words, args)
@@ -469,6 +476,8 @@ def main(args):
     """Analyse the checkpoints one after another and write their numbers and the picture."""
     device = runtime.start(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = False               # orthogonalisation needs float32's whole mantissa
+    if not 0 <= args.coverage <= 1:
+        raise data.InputError(f"--coverage {args.coverage} is a share of a patch, at most 1")
     if args.images < 0 or args.atoms < 1 or args.batch_size < 1 or args.pursuit_patches < 0 or args.show < 0:
         raise data.InputError("--images, --pursuit-patches and --show must be 0 or more, --atoms and --batch-size 1 or more")
     source = Path(args.data)

@@ -4,7 +4,7 @@
     python reproduce.py --quick                             # one seed and few steps: minutes; all of it in runs/quick
     python reproduce.py --ablations --budget 540            # stops in time; the same command again goes on
     python reproduce.py --report                            # only the report, from what is there
-    python reproduce.py --out runs/own --results runs/own/RESULTS.md --picture runs/own/results.png --seeds 3 \\
+    python reproduce.py --out runs/own --seeds 3 \\
         --pretrain-flags "--vision facebook/dinov2-small --llm HuggingFaceTB/SmolLM2-135M --data train.jsonl" \\
         --probe-flags "--data test.jsonl" --caption-eval-flags "--data captions.jsonl" \\
         --sft-flags "--data talk.jsonl" --eval-flags "--data refer.jsonl vqa.jsonl"               # your own models and data: all five
@@ -85,15 +85,15 @@ class Args:
     """seconds that this call may take, and more than probe.py or eval.py, which do not resume; 0: no limit"""
     report: bool = False
     """run nothing, report what is there"""
-    results: str = "RESULTS.md"
-    """the report"""
-    picture: str = "docs/results.png"
-    """the picture"""
+    results: str = ""
+    """the report; none: RESULTS.md, of another comparison than the default one OUT/RESULTS.md"""
+    picture: str = ""
+    """the picture; none: docs/results.png, of another comparison than the default one OUT/results.png"""
 
 
-QUICK = dict(out="runs/quick", results="runs/quick/RESULTS.md", picture="runs/quick/results.png")             # flags under --quick
 FLAGS = {"pretrain": "--steps 100", "probe": "--images 60", "caption_eval": "--limit 60", "sft": "--steps 100", "eval": "--limit 60"}
 OWN = {"--out", "--seed", "--resume", "--keep-every", "--patch-loss", "--patch-weight"}        # these are set here, not by a user
+BASELINE_COVERAGE = 0.25                                        # of labels by which all cells are scored, pretrain.py's default
 TOY_KEEP_EVERY = 100                                            # fine-tuning steps between points of the curve
 
 
@@ -107,9 +107,8 @@ def flags(args: Args, stage: str) -> list[str]:
 
 def check(args: Args) -> Args:
     """Fill in what depends on other flags; refuse what makes no sense."""
-    if args.quick:
-        defaults = Args()
-        args = dataclasses.replace(args, **{k: v for k, v in QUICK.items() if getattr(args, k) == getattr(defaults, k)})
+    if args.quick and args.out == Args().out:
+        args = dataclasses.replace(args, out="runs/quick")
     if unknown := set(args.variants) - set(VARIANTS):
         raise InputError(f"--variants {' '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
     for name, low in (("seeds", 0), ("patch_weight", 0), ("cosine_weight", 0), ("keep_every", -1), ("jobs", 0), ("budget", 0)):
@@ -124,9 +123,11 @@ def check(args: Args) -> Args:
         raise InputError(f"{', '.join(lacking)}: no --data, which the other stages' flags have; without it a stage takes the toy world's")
     keep_every = args.keep_every if args.keep_every >= 0 else TOY_KEEP_EVERY * bool(lacking)
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    variants = [v for v in VARIANTS if v in args.variants]
-    return dataclasses.replace(args, out=str(Path(args.out)), variants=variants, keep_every=keep_every, jobs=jobs,
-                               seeds=args.seeds or (1 if args.quick else 5))
+    variants, seeds = [v for v in VARIANTS if v in args.variants], args.seeds or (1 if args.quick else 5)
+    ours = not args.quick and seeds >= 5 and len(variants) == len(VARIANTS) and not any(getattr(args, f"{stage}_flags") for stage in FLAGS)
+    places = ("RESULTS.md", "docs/results.png") if ours else (f"{args.out}/RESULTS.md", f"{args.out}/results.png")
+    return dataclasses.replace(args, out=str(Path(args.out)), variants=variants, keep_every=keep_every, jobs=jobs, seeds=seeds,
+                               results=args.results or places[0], picture=args.picture or places[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- cells and stages
@@ -178,19 +179,23 @@ def stages(cell: Cell, args: Args) -> list[Stage]:
     def stage(name, output, script, *arguments, spent=None):
         return Stage(name, folder, [script, *map(str, arguments)], output, spent)
 
+    scored = ["--coverage", BASELINE_COVERAGE] if "--coverage" in cell.flags else []            # one set of labels for all cells
     changed, keep = [text for pair in cell.flags.items() for text in pair if text], args.keep_every * (cell.name in VARIANTS)
     steps = {int(path.stem[5:]) for path in [*tuned.glob("ckpt-*.pt"), *tuned.glob("step-*")]}
+    last = results.last_step(tuned) if keep and (tuned / "ckpt.pt").exists() else 0             # the curve's last point: the same records
     return [
         stage("pretrain", first / "ckpt.pt", "pretrain.py", *flags(args, "pretrain"), *changed, "--seed", cell.seed, "--out", first,
               spent=first / "resume.pt"),
-        stage("probe", first / "probe.json", "probe.py", first / "ckpt.pt", *flags(args, "probe")),
+        stage("probe", first / "probe.json", "probe.py", first / "ckpt.pt", *flags(args, "probe"), *scored),
         stage("captions", first / "eval.json", "eval.py", first / "ckpt.pt", *flags(args, "caption_eval")),
         stage("sft", tuned / "ckpt.pt", "sft.py", first / "ckpt.pt", *flags(args, "sft"), *["--keep-every", keep][:2 * bool(keep)],
               "--seed", cell.seed, "--out", tuned, spent=tuned / "resume.pt"),
-        stage("sft-probe", tuned / "probe.json", "probe.py", tuned / "ckpt.pt", *flags(args, "probe")),
+        stage("sft-probe", tuned / "probe.json", "probe.py", tuned / "ckpt.pt", *flags(args, "probe"), *scored),
         stage("eval", tuned / "eval.json", "eval.py", tuned / "ckpt.pt", *flags(args, "eval")),
         *(stage(f"step-{n}", tuned / f"step-{n}" / "eval.json", "eval.py", tuned / f"ckpt-{n}.pt", "--limit", CURVE_LIMIT,
-                *flags(args, "eval"), "--out", tuned / f"step-{n}", spent=tuned / f"ckpt-{n}.pt") for n in sorted(steps))]
+                *flags(args, "eval"), "--out", tuned / f"step-{n}", spent=tuned / f"ckpt-{n}.pt") for n in sorted(steps - {last})),
+        *[stage(f"step-{last}", tuned / f"step-{last}" / "eval.json", "eval.py", tuned / "ckpt.pt", "--limit", CURVE_LIMIT,
+                *flags(args, "eval"), "--out", tuned / f"step-{last}")] * (last > 0)]
 
 
 def command_line(stage: Stage) -> str:
@@ -239,6 +244,8 @@ def machine(threads: int) -> dict:
 
 def start(stage: Stage, args: Args, here: dict, threads: int) -> subprocess.Popen:
     """Begin a stage, or go on with it where it left a resume.pt."""
+    before = record(stage)                                       # of a stage that goes on, both machines and commits
+    here = {k: v if before.get(k, v) == v else f"{before[k]}; {v}" for k, v in here.items()}
     record(stage, command=made_by(stage, args), **here)
     goes_on = ["--resume"] if stage.spent and stage.spent.name == "resume.pt" and stage.spent.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}       # the log's last line is the last said
@@ -322,7 +329,7 @@ def report(args: Args, plan: list[Cell], table: results.Table, command: str) -> 
     minutes = {}
     for stage, row in ran:
         minutes.setdefault("a point of the curve" if stage.name.startswith("step-") else stage.name, []).append(row.get("seconds", 0) / 60)
-    finished = {v: sum(any(row.part == TUNING for row in table.found[f"{v}-{seed}"]) for seed in table.seeds) for v in table.variants}
+    finished = {v: sum((Path(args.out) / f"{v}-{seed}" / "sft" / "eval.json").exists() for seed in table.seeds) for v in table.variants}
     example = [f"    {made_by(stage, args)}" for stage in stages(plan[0], args) if not stage.name.startswith("step-")]
     changed = {cell.name: " ".join(text for pair in cell.flags.items() for text in pair if text) for cell in plan}
     lines = [

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 BASE, ALIGNED, COSINE = VARIANTS = ("caption-only", "patch-aligned", "patch-aligned-cosine")
 LINEAR = "linear-caption-only"                                  # the linear projector's own baseline
-CURVE_LIMIT = 300                                               # records of each file at a point of the curve
+CURVE_LIMIT = 300                                               # records of each file at a point of the curve; --limit of its commands
 
 # -------------------------------------------------------------------------------------------------------------------- statistics
 
@@ -98,6 +98,8 @@ def compare(base: dict[int, float], other: dict[int, float]) -> Change | None:
 PRETRAINING, TUNING, CURVE = "after pretraining", "after the same fine-tuning", "along the fine-tuning"
 LOSSES = {"val_caption_loss": "caption loss, validation, nats per token", "val_loss": "loss, validation, nats per token"}
 PROBED = {"align": "alignment", "chance": "alignment, chance", "recall/5": "recall@5", "recall_chance/5": "recall@5, chance",
+          **{f"pursuit/{curve}/{k - 1}": f"words among {k} {'atom' if k == 1 else 'atoms'}{note}" for k in (1, 2, 4, 8)
+             for curve, note in (("recall", ""), ("control_recall", ", rotated"))},
           "entropy/encoder": "entropy of Z per image, nats", "entropy/projected": "entropy of H per image, nats",
           "entropy/encoder_pooled": "entropy of Z, pooled", "entropy/projected_pooled": "entropy of H, pooled",
           "entropy/encoder_centred": "entropy of Z, pooled, centred", "entropy/projected_centred": "entropy of H, pooled, centred"}
@@ -152,16 +154,18 @@ def scores(folder: Path) -> dict[Row, Score]:
             for key, label in names.items():
                 value = source
                 for name in key.split("/"):
-                    value = (value or {}).get(name)
+                    value = dict(enumerate(value)).get(int(name)) if isinstance(value, list) else (value or {}).get(name)
                 if value is not None and not (part == TUNING and key.startswith("entropy/encoder")):       # Z stays as it was
                     found[Row(part, label, key)] = Score(value)
         found |= evaluated(stage / "eval.json", part)
-    points = sorted((int(file.parent.name[5:]), file) for file in folder.glob("sft/step-*/eval.json"))
-    if points and logged:
-        points.append((logged["step"], folder / "sft" / "eval.json"))
-    for step, file in points:
+    for step, file in sorted((int(file.parent.name[5:]), file) for file in folder.glob("sft/step-*/eval.json")):
         found |= evaluated(file, CURVE, step)
     return found
+
+
+def last_step(tuned: Path) -> int:
+    """The number of fine-tuning steps that a cell has behind it."""
+    return json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
 
 class Table:
@@ -277,7 +281,7 @@ def curves(table: Table) -> list[str]:
         for row in table.headlines.values():
             if changes := {p.step: change for p in table.points(row) if (change := table.change(variant, p))}:
                 lines.append(f"- {variant}, {row.label}: {lead(changes)}")
-    return ["## Against fine-tuning steps", "", f"At most {CURVE_LIMIT} records of each file at a point, all at the last. The learning "
+    return ["## Against fine-tuning steps", "", f"At most {CURVE_LIMIT} records of each file, so not quite the scores above. The learning "
             "rate falls over the whole run, so an earlier point is not what a shorter run would reach.", "", *lines, "",
             *comparison(table, points)]
 
@@ -402,6 +406,7 @@ def picture(table: Table) -> Image.Image | None:
     diamond(draw, x + 8, below + 10)
     draw.text((x + 28, below + 10), "the paper's change", INK, font, anchor="lm")
     seeds = max(len(table.scores(variant, row)) for variant in table.variants for row in rows)
-    note = f"{seeds} seeds; bars: 95 % t-intervals, on the left of the paired difference" if seeds > 1 else "one seed"
+    left = f"on the left of the paired difference over the mean of {BASE}"
+    note = f"{seeds} seeds; bars: 95 % t-intervals, {left}" if seeds > 1 else "one seed"
     draw.text((40, below + 52), note + "; right: against fine-tuning steps" * bool(drawn), INK, font, anchor="lm")
     return image

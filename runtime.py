@@ -191,7 +191,7 @@ def load_resume(path: Path, args, free: set[str], bad_input: type[Exception]) ->
     if not path.is_file():
         raise bad_input(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)                  # the ranks share its pages
     except Exception:                                    # truncated or foreign
         raise bad_input(f"--resume: {path} cannot be read; start again without --resume") from None
     flag = {f.name: "" if f.metadata.get("positional") else f"--{f.name.replace('_', '-')} " for f in dataclasses.fields(args)}

@@ -210,8 +210,6 @@ def main(args: Args) -> None:
             raise InputError(f"--resume: {out / 'resume.pt'} is not from {args.checkpoint}, whose backbones or losses are others")
         load_trained(model, state["model"], out / "resume.pt")
         first = state["step"]
-    elif rank == 0:
-        (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
     if args.shard:
         model.encoder.to(device)                                                                     # the rest goes there in shards
         shard(model, device, dtype)
@@ -242,6 +240,8 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW([dict(params=projector, peak=args.projector_lr), dict(params=rest, peak=args.lr)], weight_decay=0.0)
     if state:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    elif rank == 0:
+        (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
     metrics = runtime.Metrics(out / "metrics.jsonl", first)
     with_image = sum(r.get("image") is not None for r in dataset.records)
     turns = sum(len(r["conversations"]) for r in dataset.records) // 2

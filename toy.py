@@ -35,7 +35,7 @@ import runtime
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data" / "toy"
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
-VERSION = 4                                        # of the data: a folder of another version is rebuilt
+VERSION = 5                                        # of the data: a folder of another version is rebuilt
 SPLITS = {"train": 8192, "val": 256, "test": 300, "hard": 300, "distract": 300}                    # images
 PRETRAIN = {"steps": 500, "batch_size": 32}       # of pretrain.py when it is started without --data
 SFT = {"steps": 600, "batch_size": 32, "lr": 1e-3, "projector_lr": 1e-3, "prompt": "chat"}         # of sft.py, likewise
@@ -415,6 +415,8 @@ def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict
             turns = [(q, a) for kind, q, a in questions(told, rng) if kind != "relation"]
             turns[0] = (f"{description(told, rng)} {turns[0][0]}", turns[0][1])
             out["_sft"].append(record(name, "_text", turns, image=False))
+        if split == "val":
+            out["_refer"] = refers
     else:
         out["_refer"] = refers
         out["_vqa"] = [record(name, f"_{kind}", [(question, answer)], task="vqa", kind=kind, answer=answer)

@@ -12,6 +12,7 @@ import argparse
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 DESCRIBE, REFER, EXIST = "Describe the image.", "Give the bounding box of: {}", "Is there {} in the image?"
@@ -28,7 +29,12 @@ def record(image: str, suffix: str, turns: list[tuple[str, str]], **more) -> dic
 def referable(regions: list[dict]) -> dict[str, list[float]]:
     """{phrase: its box}, of the phrases that name one entity with one box."""
     return {r["phrase"]: r["bbox"] for r in regions
-            if len({tuple(o["bbox"]) for o in regions if o["entity"] == r["entity"] or o["phrase"] == r["phrase"]}) == 1}
+            if len({tuple(o["bbox"]) for o in regions if o["entity"] == r["entity"] or o["phrase"].lower() == r["phrase"].lower()}) == 1}
+
+
+def words(text: str) -> list[str]:
+    """Its words, in small letters."""
+    return re.findall(r"\w+", text.lower())
 
 
 def main() -> None:
@@ -46,6 +52,9 @@ def main() -> None:
     lines: dict[str, list] = {}
     for image in images:
         name, split, rng = image["image"], SPLITS[image["split"]], random.Random(image["image"])
+        for x0, y0, x1, y1 in (r["bbox"] for r in image["regions"]):
+            if min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1:
+                raise SystemExit(f"error: {args.source}: {name}: box {[x0, y0, x1, y1]} lies outside {width} x {height} pixels; say --size")
         regions = [{"phrase": r["phrase"], "bbox": r["bbox"]} for r in image["regions"]]
         for i, caption in enumerate(image["captions"] if split == "train" else image["captions"][:1]):
             lines.setdefault(split, []).append(record(name, f"_{i}", [(DESCRIBE, caption)], regions=regions))
@@ -57,14 +66,16 @@ def main() -> None:
                  zip(boxes, told)][:3]
         phrases = every[image["split"]]
         there = sorted({r["phrase"] for r in image["regions"]})
-        seen = set(" ".join(there + image["captions"]).lower().split())
+        seen = set(words(" ".join(there + image["captions"])))
         drawn = dict.fromkeys(rng.sample(phrases, min(60, len(phrases))))
-        absent = [p for p in drawn if p.split()[-1].lower() not in seen][:2]                                 # its noun is never said
+        absent = [p for p in drawn if words(p)[-1] not in seen][:2]                                          # its noun is never said
         exist = [(EXIST.format(p), "yes") for p in rng.sample(there, min(2, len(there)))] + [(EXIST.format(p), "no") for p in absent]
         if split != "test":
             rng.shuffle(exist)
             turns = [(DESCRIBE, rng.choice(image["captions"]))] if rng.random() < 0.5 else exist         # never both: one tells the other
             turns += refer
+            if not turns:
+                continue                                        # nothing to ask
             lines.setdefault(f"{split}_sft", []).append(record(name, "", turns))
             continue
         lines.setdefault("test_caption", []).append(record(name, "", [(DESCRIBE, image["captions"][0])], task="caption",

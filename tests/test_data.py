@@ -432,8 +432,8 @@ def test_batches(load):
 
 
 def test_a_workers_error_arrives(load):
-    loader = torch.utils.data.DataLoader(load([record(image="missing.png")]), num_workers=1, collate_fn=lambda samples: samples)
-    with pytest.raises(InputError, match="train.jsonl: record bad-1: cannot read the image .*missing.png"):
+    loader = torch.utils.data.DataLoader(load([record(image="broken.png")]), num_workers=1, collate_fn=lambda samples: samples)
+    with pytest.raises(InputError, match="train.jsonl: record bad-1: cannot read the image .*broken.png"):
         next(iter(loader))
 
 

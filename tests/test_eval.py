@@ -341,6 +341,8 @@ def test_outputs_never_collide():
     for checkpoints, out in ((["a/ckpt.pt", "b/ckpt.pt"], "x"), (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o"), (["r/one.pt", "r/two.pt"], "")):
         names, files = evaluation.outputs(checkpoints, out)
         assert len(set(names)) == 2 and len({file for pair in files for file in pair}) == 4
+    with pytest.raises(InputError, match="two of them would be written to one file"):
+        evaluation.outputs(["a/ckpt.pt", "./a/ckpt.pt"], "o")
 
 
 # --------------------------------------------------------------------------------------------- from a user's shell

@@ -1,6 +1,8 @@
 """The model: rows go where they belong, what is frozen stays frozen, and checkpoints come back whole or not at all."""
+import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -92,8 +94,14 @@ def test_weight_zero_measures_the_patch_loss_without_its_gradient(model, batch):
     assert all(torch.allclose(a, b) for a, b in zip(gradient, expected))
 
 
-def test_generation_is_greedy_and_padding_does_not_matter(model, batch):
-    """Batched answers equal the argmax of full forward passes without a cache, one sample at a time."""
+def test_generation_is_greedy_and_padding_does_not_matter(batch, tmp_path):
+    """Batched answers equal the argmax of full forward passes without a cache, one sample at a time, whatever the language model's own
+    generation_config.json says."""
+    shutil.copytree(toy.ROOT / toy.LLM, tmp_path / "llm")
+    own = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "do_sample": True, "min_new_tokens": 5, "eos_token_id": 300}
+    (tmp_path / "llm" / "generation_config.json").write_text(json.dumps(own))
+    torch.manual_seed(0)
+    model = PatchAlignedModel(dict(CONFIG, llm=str(tmp_path / "llm")))
     def turn(question):
         return [{"from": "human", "value": question}]
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import probe
+from data import InputError
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -299,3 +300,7 @@ def test_outputs_never_collide():
     for checkpoints, out in ((["a/ckpt.pt", "b/ckpt.pt"], "x"), (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o"), (["r/one.pt", "r/two.pt"], "")):
         names, files = probe.outputs(checkpoints, out)
         assert len(set(names)) == len(set(files)) == 2
+    assert [f.name for f in probe.outputs(["r/ckpt.pt", "r/ckpt-100.pt"], "")[1]] == ["probe-r.json", "probe-ckpt-100.json"]
+    assert [f.name for f in probe.outputs(["r/ckpt-100.pt"], "")[1]] == ["probe-ckpt-100.json"]         # never as that of ckpt.pt
+    with pytest.raises(InputError, match="two of them would be written to one file"):
+        probe.outputs(["a/ckpt.pt", "a/ckpt.pt"], "o")

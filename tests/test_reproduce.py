@@ -183,7 +183,11 @@ def test_quick_is_one_seed_in_a_folder_of_its_own(place):
     args = check(Args(quick=True))
     assert (args.out, args.seeds, args.results, args.picture) == (
         "runs/quick", 1, "runs/quick/RESULTS.md", "runs/quick/results.png")
-    assert check(Args(quick=True, out="else")).out == "else" and check(Args(quick=True, seeds=5)).seeds == 5 == check(Args()).seeds
+    assert check(Args(quick=True, out="else")).results == "else/RESULTS.md"
+    assert check(Args(quick=True, seeds=5)).seeds == 5 == check(Args()).seeds
+    for whole, flags in ((True, {}), (True, {"ablations": True}), (False, {"seeds": 1}), (False, {"variants": [BASE]}),
+                         (False, {"sft_flags": "--lr 1"})):     # only the whole comparison writes the committed report
+        assert check(Args(**flags)).results == ("RESULTS.md" if whole else "runs/reproduce/RESULTS.md")
     pretrain, *_ = plan(quick=True, pretrain_flags="--lr 1")["caption-only-0"]
     assert pretrain.startswith("python pretrain.py --steps 100 --lr 1 --patch-weight 0")
 
@@ -208,11 +212,13 @@ def test_it_runs_once_and_goes_on_where_something_is_missing(place, capsys):
     args = Args(**ONE, keep_every=10)
     main(args)
     lines = calls(place)
-    assert [line.split(".")[0] for line in lines] == ["pretrain", "probe", "eval", "sft", "probe", "eval", "eval", "eval"]
+    assert [line.split(".")[0] for line in lines] == ["pretrain", "probe", "eval", "sft", "probe", "eval", "eval", "eval", "eval"]
     tuned = "runs/reproduce/caption-only-0/sft"
-    assert lines[-2:] == [f"eval.py {tuned}/ckpt-{n}.pt --limit 300 --out {tuned}/step-{n}" for n in (10, 20)]
-    assert capsys.readouterr().out.endswith("wrote RESULTS.md; next: read RESULTS.md\n")
-    left = {str(f.relative_to("runs/reproduce/caption-only-0")) for f in Path("runs").rglob("*") if f.is_file()}
+    assert lines[-3:] == [f"eval.py {tuned}/{name}.pt --limit 300 --out {tuned}/step-{step}"
+                          for name, step in (("ckpt-10", 10), ("ckpt-20", 20), ("ckpt", 30))]
+    assert capsys.readouterr().out.endswith("wrote runs/reproduce/RESULTS.md; next: read runs/reproduce/RESULTS.md\n")
+    cell = Path("runs/reproduce/caption-only-0")
+    left = {str(f.relative_to(cell)) for f in cell.rglob("*") if f.is_file()}
     assert "sft/ckpt.pt" in left and "pretrain/ckpt.pt" in left and "sft/step-20/eval.json" in left and "step-20.log" in left
     assert not any("resume" in name or "ckpt-" in name for name in left)
 
@@ -245,13 +251,13 @@ def test_the_budget_ends_the_stages_and_the_next_call_resumes_them(place, capsys
     began = time.time()
     main(args)
     assert time.time() - began < 10
-    assert "incomplete: 6 stages or more are left" in capsys.readouterr().out and not Path("RESULTS.md").exists()
+    assert "incomplete: 6 stages or more are left" in capsys.readouterr().out and not list(place.rglob("RESULTS.md"))
     for seed in (0, 1):
         assert not alive(int(Path(f"runs/reproduce/caption-only-{seed}/sft/pid").read_text()))
     assert len(calls(place)) == 8
     main(dataclasses.replace(args, budget=60))
     lines = calls(place)
-    assert [line.split()[0] for line in lines].count("sft.py") == 2 and len(lines) == 6
+    assert [line.split()[0] for line in lines].count("sft.py") == 2 and len(lines) == 8
     assert all(line.endswith("--resume") == line.startswith("sft.py") for line in lines)
     assert json.loads(Path("runs/reproduce/caption-only-0/sft.command.json").read_text())["seconds"] > 0.5
 
@@ -335,9 +341,11 @@ def fabricate(out, label, align, scores, curve=None, steps=90):
 
     for stage, key in (("pretrain", "val_caption_loss"), ("sft", "val_loss")):
         folder = out / label / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ckpt.pt").touch()
         evaluation(folder, scores if stage == "sft" else {"flickr/CIDEr": 2 * align})
         (folder / "probe.json").write_text(json.dumps({"align": align, "chance": 0.05, "entropy": {"encoder": 2.0, "projected": 1.5},
-                                                       "recall": {"5": None}}))
+                                                       "recall": {"5": None}, "pursuit": {"recall": [0.1, 0.25]}}))
         (folder / "metrics.jsonl").write_text(f'{{"step": {steps - 1}, "{key}": 9.0}}\n{{"step": {steps}, "{key}": 0.7}}\n')
     for step, values in (curve or {}).items():
         evaluation(out / label / "sft" / f"step-{step}", values)
@@ -349,9 +357,9 @@ def row(text, label):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def reported(place, **flags):
+def reported(place, keep_every=0, **flags):
     """RESULTS.md of fabricated cells, whose stages were all run on one machine, in a minute each."""
-    args = Args(out="o", report=True, **LOCAL, **flags)
+    args = Args(out="o", report=True, keep_every=keep_every, **LOCAL, **flags)
     for cell in reproduce.cells(check(args)):
         for stage in reproduce.stages(cell, check(args)) if (place / "o" / cell.label).exists() else []:
             stage.output.touch()
@@ -384,6 +392,7 @@ def test_report_worked_by_hand(place):
     assert row(text, "grounding, Acc@0.5, hard_refer")[-1] == ""
     assert row(text, "grounding, Acc@0.5 (square), flickr_test_refer")[0] == "0.310 ± 0.000"
     assert row(text, "multiple choice, flickr_test_instruct")[0] == "0.250 ± 0.000"
+    assert row(text, "words among 2 atoms")[0] == "0.250 ± 0.000" and "4 atoms" not in text
     assert row(text, "captions, CIDEr, flickr")[:2] == ["0.200 ± 0.000", "0.600 ± 0.000"]
     assert row(text, "caption loss, validation, nats per token")[0] == "0.700 ± 0.000"
     assert ", only" not in text                                 # the only kind of its file says nothing new
@@ -397,7 +406,8 @@ def test_report_worked_by_hand(place):
     assert f"**{COSINE}" not in text and "fine-tuning steps" not in text and "Ablations" not in text
     assert "+12.5 % (+0.100 ± 0.248, p 0.225) here, +4 % in the paper; the interval includes zero" in text
     assert "caption-only 3, patch-aligned 3, patch-aligned-cosine 0" in text
-    assert "- command: `python reproduce.py --out=o --seeds=3 --picture=results.png`\n- hardware: an abacus\n" in text
+    assert "- command: `python reproduce.py --out=o --seeds=3 --keep-every=0 --results=RESULTS.md --picture=results.png`\n" in text
+    assert "\n- hardware: an abacus\n" in text
     assert "- minutes, mean: pretrain 1.0, probe 1.0, captions 1.0, sft 1.0, sft-probe 1.0, eval 1.0\n" in text
     assert "**Not complete: 18 of 54 stages have not run.**" in text
 
@@ -419,14 +429,14 @@ def test_curve_and_ablations_and_picture(place):
     for seed in (0, 1, 2):
         for variant, more in ((BASE, 0), (ALIGNED, 0.02), (COSINE, -0.03)):
             scores = {GROUNDING: 0.6 + 0.01 * seed + more * 2, ANSWERS: 0.9 + more}
-            curve = {30: {GROUNDING: 0.3 - more + 0.01 * seed}, 60: {GROUNDING: 0.5 + more}}
+            curve = {30: {GROUNDING: 0.3 - more + 0.01 * seed}, 60: {GROUNDING: 0.5 + more}, 90: {GROUNDING: scores[GROUNDING] + 0.01}}
             fabricate(place / "o", f"{variant}-{seed}", 0.1, scores, curve)
     fabricate(place / "o", "linear-caption-only-0", 0.1, {GROUNDING: 0.2})
     fabricate(place / "o", "linear-0", 0.2, {GROUNDING: 0.3})
     fabricate(place / "o", "tau-0.03-0", 0.3, {GROUNDING: 0.3})
-    text = reported(place, seeds=3, ablations=True)
+    text = reported(place, keep_every=30, seeds=3, ablations=True)
     assert row(text, "grounding, Acc@0.5, flickr_test_refer, 30 steps")[:2] == ["0.310 ± 0.025", "0.290 ± 0.025"]
-    assert row(text, "grounding, Acc@0.5, flickr_test_refer, 90 steps")[1] == "0.650 ± 0.025"
+    assert row(text, "grounding, Acc@0.5, flickr_test_refer, 90 steps")[1] == "0.660 ± 0.025"
     assert f"{ALIGNED}, grounding, Acc@0.5, flickr_test_refer: ahead from step 60 to the end; the interval is above zero at" in text
     assert f"{COSINE}, grounding, Acc@0.5, flickr_test_refer: ahead at steps 30, no more at the end; the interval is above" in text
     assert row(text, "linear")[-2] == "0.300 (+50.0 %)" and row(text, "linear-caption-only")[-2] == "0.200"
@@ -440,7 +450,7 @@ def test_curve_and_ablations_and_picture(place):
         assert len(xs) > 300
         return xs.mean(), ys.mean()
 
-    changes, curves = slice(0, 1090), slice(1190, None)
+    changes, curves = slice(0, 1090), slice(1650, None)                                     # the curves' ends
     assert places(ALIGNED, changes)[0] > places(COSINE, changes)[0]                         # more is to the right
     assert places(ALIGNED, curves)[1] < places(BASE, curves)[1] < places(COSINE, curves)[1]                      # and up
 

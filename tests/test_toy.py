@@ -82,8 +82,8 @@ def words_of(phrases):
 def test_built_folder(world):
     """Records are readable by data.py, boxes enclose masks, splits share no scene, `hard` alone shows what is held out."""
     captions, every = {}, {f.stem: data.read_records(f) for f in world.glob("*.jsonl")}
-    assert set(every) == {"train", "train_sft", "val", "val_sft", "test", "test_vqa", "test_refer", "test_instruct", "hard", "hard_vqa",
-                          "hard_refer", "hard_instruct", "distract_refer"}
+    assert set(every) == {"train", "train_sft", "val", "val_sft", "val_refer", "test", "test_vqa", "test_refer", "test_instruct", "hard",
+                          "hard_vqa", "hard_refer", "hard_instruct", "distract_refer"}
     for split, count in (("train", 48), ("val", 6), ("test", 6), ("hard", 4)):
         records = every[split]
         masks = {r["image"]: [data.decode_rle(g["rle"]) for g in r["regions"]] for r in records}
