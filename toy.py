@@ -29,6 +29,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+try:
+    import fcntl
+except ImportError:                                                      # on Windows
+    fcntl = None
+
 import data
 import runtime
 
@@ -461,13 +466,20 @@ def clear(folder: Path) -> None:
 
 
 def ensure(folder: Path = DATA) -> Path:
-    """The data folder, built first when it is missing or of another version."""
-    version = folder / "version"
-    if not version.exists() or version.read_text() != str(VERSION):
-        began = time.time()
-        clear(folder)
-        build(folder)
-        runtime.log(f"toy world: wrote {sum(SPLITS.values())} scenes to {folder} in {time.time() - began:.0f} s")
+    """The data folder, built first when it is missing or of another version. Of several that come at once, one builds, the others wait."""
+    def built():
+        return (folder / "version").exists() and (folder / "version").read_text() == str(VERSION)
+
+    if not built():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not built():
+                began = time.time()
+                clear(folder)
+                build(folder)
+                runtime.log(f"toy world: wrote {sum(SPLITS.values())} scenes to {folder} in {time.time() - began:.0f} s")
     return folder
 
 

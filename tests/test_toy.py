@@ -3,6 +3,8 @@ import collections
 import itertools
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -156,7 +158,19 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "caption", stop)
     with pytest.raises(KeyboardInterrupt):
         toy.ensure(tmp_path / "toy")
-    assert not list(tmp_path.iterdir())
+    assert [f.name for f in tmp_path.iterdir()] == [".toy.lock"]
+
+
+def test_of_several_that_come_at_once_one_builds(tmp_path):
+    """An older folder is replaced once, whoever else finds it old meanwhile."""
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "version").write_text("0")
+    code = f"import pathlib, toy; toy.SPLITS.update(dict.fromkeys(toy.SPLITS, 3)); toy.ensure(pathlib.Path({str(tmp_path / 'toy')!r}))"
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=toy.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(3)]
+    said = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 3 and sum("wrote" in text for text in said) == 1, said
+    assert (tmp_path / "toy" / "version").read_text() == str(toy.VERSION)
 
 
 def test_somebody_elses_folder_is_not_replaced(tmp_path):
