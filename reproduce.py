@@ -324,7 +324,7 @@ def report(args: Args, plan: list[Cell], table: results.Table, command: str) -> 
     missing = len(every) - len(ran)
 
     def seen(name):
-        return "; ".join(dict.fromkeys(row[name] for _, row in ran))
+        return "; ".join(dict.fromkeys(value for _, row in ran for value in row[name].split("; ")))
 
     minutes = {}
     for stage, row in ran:

@@ -98,8 +98,8 @@ def compare(base: dict[int, float], other: dict[int, float]) -> Change | None:
 PRETRAINING, TUNING, CURVE = "after pretraining", "after the same fine-tuning", "along the fine-tuning"
 LOSSES = {"val_caption_loss": "caption loss, validation, nats per token", "val_loss": "loss, validation, nats per token"}
 PROBED = {"align": "alignment", "chance": "alignment, chance", "recall/5": "recall@5", "recall_chance/5": "recall@5, chance",
-          **{f"pursuit/{curve}/{k - 1}": f"words among {k} {'atom' if k == 1 else 'atoms'}{note}" for k in (1, 2, 4, 8)
-             for curve, note in (("recall", ""), ("control_recall", ", rotated"))},
+          **{f"pursuit/recall/{k - 1}": f"words among {k} {'atom' if k == 1 else 'atoms'}" for k in (1, 2, 4, 8)},
+          "pursuit/control_recall/7": "words among 8 atoms, rotated",
           "entropy/encoder": "entropy of Z per image, nats", "entropy/projected": "entropy of H per image, nats",
           "entropy/encoder_pooled": "entropy of Z, pooled", "entropy/projected_pooled": "entropy of H, pooled",
           "entropy/encoder_centred": "entropy of Z, pooled, centred", "entropy/projected_centred": "entropy of H, pooled, centred"}
