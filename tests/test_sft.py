@@ -133,7 +133,8 @@ def test_the_recipe_is_llavas(start):
     assert (full.lr, full.projector_lr, full.batch_size, full.prompt, full.image_dir) == (2e-5, 2e-5, 128, "v1", "there/images")
     assert (lora.lr, lora.projector_lr) == (2e-4, 2e-5)
     for checkpointing in (False, True):
-        model = sft.inherit(sft.Args(str(start), prompt="chat", checkpointing=checkpointing), torch.float32)
+        model = sft.inherit(sft.Args(str(start), prompt="chat", geometry="stretch", checkpointing=checkpointing), torch.float32)
+        assert (model.config["prompt"], model.config["geometry"]) == ("chat", "stretch")
         assert model.llm.model.gradient_checkpointing == checkpointing
 
 
@@ -168,6 +169,13 @@ def test_resuming_in_mid_epoch_is_not_noticeable(run, flags, world, how, tmp_pat
     kept, last = (read_checkpoint(tmp_path / "straight" / f"{name}.pt") for name in ("ckpt-3", "ckpt"))
     assert kept["metrics"] == {"steps": 3} and last["metrics"]["steps"] == 8
     assert kept["model"].keys() == last["model"].keys() and any((kept["model"][n] != t).any() for n, t in last["model"].items())
+
+
+def test_gradients_are_clipped(run, flags, start, tmp_path):
+    """Clipped to far below Adam's epsilon, they move nothing."""
+    finished(run("sft.py", *flags, "--clip", 1e-14, "--steps", 1, "--out", tmp_path))
+    before, after = (read_checkpoint(path)["model"] for path in (start, tmp_path / "ckpt.pt"))
+    assert max((after[name] - tensor).abs().max() for name, tensor in before.items()) < 1e-6
 
 
 def test_overfitting_one_batch(run, flags, tmp_path):
