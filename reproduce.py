@@ -244,9 +244,9 @@ def machine(threads: int) -> dict:
 
 def start(stage: Stage, args: Args, here: dict, threads: int) -> subprocess.Popen:
     """Begin a stage, or go on with it where it left a resume.pt."""
-    before = record(stage)                                       # of a stage that goes on, both machines and commits
-    here = {k: v if before.get(k, v) == v else f"{before[k]}; {v}" for k, v in here.items()}
-    record(stage, command=made_by(stage, args), **here)
+    before = record(stage)                                       # of a stage that goes on, all machines and commits, each once
+    both = {name: "; ".join(dict.fromkeys([*filter(None, before.get(name, "").split("; ")), value])) for name, value in here.items()}
+    record(stage, command=made_by(stage, args), **both)
     goes_on = ["--resume"] if stage.spent and stage.spent.name == "resume.pt" and stage.spent.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}       # the log's last line is the last said
     with (stage.folder / f"{stage.name}.log").open("a") as log:

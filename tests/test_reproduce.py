@@ -255,7 +255,10 @@ def test_the_budget_ends_the_stages_and_the_next_call_resumes_them(place, capsys
     for seed in (0, 1):
         assert not alive(int(Path(f"runs/reproduce/caption-only-{seed}/sft/pid").read_text()))
     assert len(calls(place)) == 8
+    file = Path("runs/reproduce/caption-only-0/sft.command.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "abc; def"}))
     main(dataclasses.replace(args, budget=60))
+    assert json.loads(file.read_text())["commit"].startswith("abc; def; ")                              # it ran on all of them
     lines = calls(place)
     assert [line.split()[0] for line in lines].count("sft.py") == 2 and len(lines) == 8
     assert all(line.endswith("--resume") == line.startswith("sft.py") for line in lines)
