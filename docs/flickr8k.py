@@ -68,7 +68,7 @@ def main() -> None:
         there = sorted({r["phrase"] for r in image["regions"]})
         seen = set(words(" ".join(there + image["captions"])))
         drawn = dict.fromkeys(rng.sample(phrases, min(60, len(phrases))))
-        absent = [p for p in drawn if (words(p) or [""])[-1] not in seen][:2]                                          # its noun is never said
+        absent = [p for p in drawn if (words(p) or [""])[-1] not in seen][:2]            # its noun is never said
         exist = [(EXIST.format(p), "yes") for p in rng.sample(there, min(2, len(there)))] + [(EXIST.format(p), "no") for p in absent]
         if split != "test":
             rng.shuffle(exist)
