@@ -1,15 +1,15 @@
 """From files to batches: everything that happens before the model sees a tensor.
 
     records        a JSON or JSONL file of LLaVA records, some with "regions"        read_records
-    images         a file -> an upright RGB image -> the encoder's square            open_image, transform_image
+    images         a file -> an upright RGB image -> the encoder's input             open_image, transform_image
     regions        box, polygon or RLE -> share of each patch covered -> words       region_coverage, patch_words
     patch labels   words -> tokens -> the target distribution Y                      word_ids, patch_targets
     conversations  turns -> token ids, and labels on what the assistant says         tokenize, tokenize_prompt
     batches        records -> samples -> padded batches; which records, when         Records, collate, StepSampler
 
-Images and regions pass through one geometry: `square_box` names the square of the original image that the encoder
-sees, `transform_image` cuts it out, and `region_coverage` divides that same square into patches. Labels are therefore
-made when a record is loaded, for whatever image size and patch grid the model has.
+Images and regions pass through one geometry: `view_box` names the part of the original image that the encoder sees,
+nearly always a square, `transform_image` cuts it out, and `region_coverage` divides that same part into patches. Labels
+are therefore made when a record is loaded, for whatever image size and patch grid the model has.
 
 Symbols (B, P, T, K = most tokens of a patch, Y) are those of model.py. Whatever is wrong with the user's files is an
 `InputError`: one line that names the file and the record.
@@ -23,6 +23,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 
 IMAGE_TOKEN = -200  # stands for one patch among the token ids; model.splice puts a row of H in its place
@@ -30,7 +31,6 @@ IGNORE = -100       # label without loss
 IMAGE_MARKER = "<image>"
 GEOMETRIES = ("pad", "crop", "stretch")
 PROMPTS = ("plain", "v1", "chat")
-RESAMPLE = Image.Resampling.BICUBIC
 
 
 class InputError(ValueError):
@@ -131,39 +131,46 @@ def open_image(path, where):
         raise InputError(f"{where}: cannot read the image {path} ({reason})") from None
 
 
-def square_box(image_size, geometry):
-    """The part of the original image that becomes the encoder's square input: (x0, y0, x1, y1) in whole pixels.
+def view_box(image_size, geometry, aspect=1.0):
+    """The part of the original image that becomes the encoder's input: (x0, y0, x1, y1) in whole pixels.
 
-    image_size: (width, height). "pad": the centred square around the image, which sticks out of it (LLaVA-1.5's
-    stage 2); "crop": the centre square (CLIP's processor, LLaVA's stage 1); "stretch": all of it, not a square.
+    image_size: (width, height); aspect: width / height of the encoder's input, 1 for a square. "pad": the smallest such
+    box around the image, centred, which sticks out of it (LLaVA-1.5's stage 2); "crop": the largest inside of it, centred
+    (CLIP's processor, LLaVA's stage 1); "stretch": all of the image, whatever its shape.
     """
     width, height = image_size
     if geometry == "stretch":
         return 0, 0, width, height
     if geometry not in GEOMETRIES:
         raise InputError(f"geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
-    if geometry == "pad":
-        side = max(width, height)
-        x0, y0 = -((side - width) // 2), -((side - height) // 2)
+    if (width > height * aspect) == (geometry == "pad"):            # a side of the image is a side of the box
+        size = width, max(1, round(width / aspect))
     else:
-        side = min(width, height)
-        x0, y0 = (width - side) // 2, (height - side) // 2
-    return x0, y0, x0 + side, y0 + side
+        size = max(1, round(height * aspect)), height
+    x0, y0 = (-((full - own) // 2) if geometry == "pad" else (own - full) // 2 for full, own in zip(size, image_size))
+    return x0, y0, x0 + size[0], y0 + size[1]
 
 
-def transform_image(image, size, geometry, mean, std):
-    """RGB image -> the encoder's input, float32 (3, size, size): `square_box` resized, (value - mean) / std.
+def transform_image(image, size, geometry, mean, std, resample=Image.Resampling.BICUBIC):
+    """RGB image -> the encoder's input, float32 (3, height, width): `view_box` resized, (value - mean) / std.
 
-    mean, std: one number per channel for values in [0, 1]. Padding has the mean colour, so it is (nearly) 0 here.
+    size: the side of a square, or (height, width); mean, std: one number per channel for values in [0, 1]; resample: PIL's
+    filter. Padding has the mean colour, so it is (nearly) 0 here.
     """
-    box = square_box(image.size, geometry)
+    height, width = sides(size)
+    box = view_box(image.size, geometry, width / height)
     if geometry == "pad":
         canvas = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), tuple(round(255 * m) for m in mean))
         canvas.paste(image, (-box[0], -box[1]))
         image, box = canvas, (0, 0, *canvas.size)
-    image = image.resize((size, size), RESAMPLE, box=box)
-    pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)     # (size, size, 3)
+    image = image.resize((width, height), resample, box=box)
+    pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)     # (height, width, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def sides(size):
+    """(height, width) of an encoder's input, which is given as such a pair or as the side of a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 # ---------------------------------------------------------- regions: box, polygon or RLE -> share of each patch covered
@@ -218,17 +225,17 @@ def _overlap(cells, others):
     return (upper - lower).clip(0).astype(np.float32)
 
 
-def region_coverage(regions, image_size, geometry, grid, where="regions"):
+def region_coverage(regions, image_size, geometry, grid, where="regions", aspect=1.0):
     """Share of each patch's area that each region covers: float32 (R, grid_h, grid_w).
 
     regions: dicts with one of bbox, polygon, rle, in pixels of the original image; image_size: (width, height);
-    grid: (rows, columns). The square of `square_box` is divided evenly into rows x columns cells; what lies outside
+    grid: (rows, columns). The part named by `view_box` is divided evenly into rows x columns cells; what lies outside
     the image (padding) is uncovered. Exact for masks: with A_y (rows, height) the share of each cell's height that
     lies in each pixel row, and A_x likewise, coverage = A_y mask A_x^T. A box needs no mask: it shares a height with each
     row of cells and a width with each column, and their products are areas. InputError: see `region_kind` and `region_mask`.
     """
     (width, height), (rows, columns) = image_size, grid
-    x0, y0, x1, y1 = square_box(image_size, geometry)
+    x0, y0, x1, y1 = view_box(image_size, geometry, aspect)
     edges_y, edges_x = np.linspace(y0, y1, rows + 1), np.linspace(x0, x1, columns + 1)
     A_y = _overlap(edges_y, np.arange(height + 1.0)) * (rows / (y1 - y0))                   # (grid_h, height)
     A_x = _overlap(edges_x, np.arange(width + 1.0)) * (columns / (x1 - x0))                 # (grid_w, width)
@@ -374,13 +381,13 @@ def region_phrase(region, where):
     return phrase
 
 
-def patch_words(regions, image_size, geometry, grid, threshold=0.25, where="regions"):
+def patch_words(regions, image_size, geometry, grid, threshold=0.25, where="regions", aspect=1.0):
     """Words of each patch: those of all regions that cover at least `threshold` of it.
 
     -> list of P = rows x columns lists (row by row), each word once, in the order of the regions; [] is an unlabelled
     patch. Arguments as in `region_coverage`; InputError also for a region without a phrase.
     """
-    coverage = region_coverage(regions, image_size, geometry, grid, where)
+    coverage = region_coverage(regions, image_size, geometry, grid, where, aspect)
     phrases = [content_words(region_phrase(region, f"{where}: regions[{i}]")) for i, region in enumerate(regions)]
 
     @functools.cache  # neighbouring patches lie in the same regions
@@ -524,24 +531,69 @@ def _segments(turns, tokenizer, prompt, where):
     return segments
 
 
+@functools.lru_cache(maxsize=64)
+def _chat_frame(tokenizer, template, answers):
+    """What a chat template writes around the texts of a conversation with so many answers -> (the 2 answers + 1 pieces of text before,
+    between and after its turns, the token that ends an answer). InputError: a template that leaves texts out, repeats or reorders them.
+
+    The template is rendered once, with marks for texts. So an answer stands in training just where generation begins, whatever the
+    template does with earlier turns or adds to the last one (the empty thoughts of Qwen3). It ends with the first special token after it,
+    or, where there is none before the next text, with the end-of-sequence token.
+    """
+    marks = [f"@{i}@" for i in range(2 * answers)]
+    roles = ("user", "assistant") * answers
+    for content in (str, lambda text: [{"type": "text", "text": text}]):        # templates made for a processor want lists
+        messages = [{"role": role, "content": content(mark)} for role, mark in zip(roles, marks)]
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except (TemplateError, TypeError, ValueError):
+            continue
+        if [mark for mark in re.findall(r"@\d+@", text) if mark in marks] == marks:
+            break
+    else:
+        raise InputError("this tokenizer's chat template does not write each text of a conversation once and in order; use --prompt v1")
+    pieces = re.split("|".join(marks), text)
+    special = [re.escape(token) for token in sorted(_special_tokens(tokenizer), key=len, reverse=True)]
+    found = re.search("|".join(special), pieces[2]) if special else None
+    return pieces, found[0] if found else tokenizer.eos_token
+
+
+def _special_tokens(tokenizer):
+    """The texts of all tokens that a tokenizer never makes from ordinary text."""
+    return {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
+
+
 def _chat_segments(turns, tokenizer, where):
-    """Segments of the tokenizer's chat template: what each turn appends to the rendering of the turns before it."""
+    """Segments of the tokenizer's chat template; see `_chat_frame`."""
     if not tokenizer.chat_template:
         raise InputError(f"{where}: the tokenizer has no chat template for --prompt chat; use --prompt v1")
-    messages = [{"role": role, "content": text} for role, text in turns]
-    segments, before = [], ""
-    for i, (role, _) in enumerate(turns):
-        # After a user turn the template opens the assistant's, so that its header is not learnt.
-        text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False, add_generation_prompt=role == "user")
-        if not text.startswith(before):
-            raise InputError(f"{where}: this chat template rewrites earlier turns, so it cannot be tokenised by turns; use --prompt v1")
-        new, before = text[len(before) :], text
-        if role == "user":
-            segments += [(new, False)]
-        else:  # the template's line break after the end token is nobody's speech
-            end = new.rfind(tokenizer.eos_token) + len(tokenizer.eos_token) if tokenizer.eos_token in new else len(new)
-            segments += [(new[:end], True), (new[end:], False)]
-    return segments
+    try:
+        pieces, end = _chat_frame(tokenizer, tokenizer.chat_template, (len(turns) + 1) // 2)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if end is None:
+        raise InputError(f"{where}: neither the chat template nor the tokenizer has a token that ends an answer; use --prompt v1")
+    segments, opening = [], pieces[0]
+    for i, (role, text) in enumerate(turns):
+        if role == "user":                                          # up to where the assistant begins, which is not learnt
+            head = pieces[i + 1].removesuffix(" ")                  # a blank there belongs to the answer's first word
+            segments.append((opening + text + head, False))
+            blank = pieces[i + 1][len(head):]
+        else:                                                       # nor is what the template writes before and after the end token
+            before, found, after = pieces[i + 1].partition(end)
+            segments += [(blank + text, True), (before if found else "", False), ([tokenizer.convert_tokens_to_ids(end)], True)]
+            opening = after if found else pieces[i + 1]
+    return segments if turns[-1][0] == "user" else [*segments, (opening, False)]
+
+
+def end_ids(tokenizer, prompt):
+    """The tokens at which generation stops: the end of sequence, and what ends an answer in the tokenizer's chat template. InputError: no
+    chat template, see `_chat_segments`."""
+    ends = [tokenizer.eos_token_id]
+    if prompt == "chat":
+        ends += [ids[0] for ids, learnt in _chat_segments([("user", ""), ("assistant", "")], tokenizer, "generation")
+                 if learnt and isinstance(ids, list)]
+    return list(dict.fromkeys(token for token in ends if token is not None))
 
 
 def _encode_segments(segments, tokenizer, image_tokens):
@@ -569,20 +621,23 @@ class Records(torch.utils.data.Dataset):
     """Records as samples. The form of all records is checked here; what needs the image (the file itself, regions within its bounds)
     and what needs the tokens (something to learn within max_length) in `__getitem__`.
 
-    image_dir: folder of the records' images; image_size: side of the encoder's input; grid: (rows, columns) of the
-    patches after the projector; coverage: threshold of `patch_words`; source: the file's name, for messages.
-    A sample: id, pixel_values (3, S, S), input_ids and labels (lists), patch_ids and patch_weights (P, K); the tensors
+    image_dir: folder of the records' images; image_size: side of the encoder's input, or its (height, width); resample: see
+    `transform_image`; grid: (rows, columns) of the patches after the projector; coverage: threshold of `patch_words`; source:
+    the file's name, for messages.
+    A sample: id, pixel_values (3, height, width), input_ids and labels (lists), patch_ids and patch_weights (P, K); the tensors
     are None without an image.
     """
 
-    def __init__(self, records, image_dir, tokenizer, *, image_size, geometry, grid, mean, std, prompt="plain", max_length=2048,
-                 coverage=0.25, require_image=True, source="records"):
+    def __init__(self, records, image_dir, tokenizer, *, image_size, geometry, grid, mean, std, resample=Image.Resampling.BICUBIC,
+                 prompt="plain", max_length=2048, coverage=0.25, require_image=True, source="records"):
         self.records, self.image_dir, self.tokenizer = records, image_dir and Path(image_dir), tokenizer
-        self.image_size, self.geometry, self.grid, self.mean, self.std = image_size, geometry, tuple(grid), mean, std
+        self.geometry, self.grid = geometry, tuple(grid)
+        self.image_form = image_size, geometry, mean, std, resample             # of `transform_image`
+        self.aspect = sides(image_size)[1] / sides(image_size)[0]
         self.prompt, self.max_length, self.coverage = prompt, max_length, coverage
         self.require_image, self.source = require_image, source
         self.tokens_of = {}                                         # word -> token ids, filled as words occur
-        square_box((1, 1), geometry)                                # an unknown geometry is an error now, not in a worker
+        view_box((1, 1), geometry)                                # an unknown geometry is an error now, not in a worker
         _segments([("user", "question"), ("assistant", "answer")], tokenizer, prompt, source)               # so is an unusable prompt
         if not records:
             raise InputError(f"{source}: holds no records")
@@ -628,8 +683,8 @@ class Records(torch.utils.data.Dataset):
         pixel_values = patch_ids = patch_weights = None
         if record.get("image") is not None:
             image = open_image(image_path(record, self.image_dir, where), where)
-            pixel_values = transform_image(image, self.image_size, self.geometry, self.mean, self.std)
-            words = patch_words(record.get("regions") or [], image.size, self.geometry, self.grid, self.coverage, where)
+            pixel_values = transform_image(image, *self.image_form)
+            words = patch_words(record.get("regions") or [], image.size, self.geometry, self.grid, self.coverage, where, self.aspect)
             patch_ids, patch_weights = patch_targets(words, self._lookup)
         image_tokens = 0 if pixel_values is None else self.grid[0] * self.grid[1]
         input_ids, labels = tokenize(record["conversations"], self.tokenizer, self.prompt, image_tokens, self.max_length, where)
@@ -643,7 +698,7 @@ def collate(samples, pad_id):
     """Samples -> a batch: text padded on the right to the longest T, patch targets to the largest K.
 
     ids list of B; input_ids, labels (B, T) int64; attention_mask (B, T) bool; for the N samples with an image, in
-    order: pixel_values (N, 3, S, S), patch_ids (N, P, K) int64, patch_weights (N, P, K). Without any image N = 0.
+    order: pixel_values (N, 3, height, width), patch_ids (N, P, K) int64, patch_weights (N, P, K). Without any image N = 0.
     """
     def pad_text(rows, value):
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], True, value)

@@ -245,9 +245,10 @@ def iou(a, b):
     return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
 
 
-def box_in_pixels(box, image_size, frame, geometry):
-    """A relative box in pixels of the original image. frame: relative to the "image", or to the "square" that the encoder sees of it."""
-    x0, y0, x1, y1 = (0, 0, *image_size) if frame == "image" else data.square_box(image_size, geometry)
+def box_in_pixels(box, image_size, frame, geometry, aspect=1.0):
+    """A relative box in pixels of the original image. frame: relative to the "image", or to the "square" that the encoder sees of it (where
+    that is not one, width / height = aspect)."""
+    x0, y0, x1, y1 = (0, 0, *image_size) if frame == "image" else data.view_box(image_size, geometry, aspect)
     return [x0 + box[0] * (x1 - x0), y0 + box[1] * (y1 - y0), x0 + box[2] * (x1 - x0), y0 + box[3] * (y1 - y0)]
 
 
@@ -328,7 +329,6 @@ def read_items(paths, image_dir, limit):
 def predict(model, items, batch_size, max_new_tokens):
     """Greedy answers to the items, in their order. Batches hold one task where possible, and prompts of about the same length."""
     patches, prompt = model.grid[0] * model.grid[1], model.config["prompt"]
-    form = model.config["image_size"], model.config["geometry"], model.image_mean, model.image_std
     prompts = [data.tokenize_prompt(item["conversations"], model.tokenizer, prompt, patches if item["image"] else 0, item["where"])
                for item in items]
     order = sorted(range(len(items)), key=lambda i: (items[i]["task"], -len(prompts[i])))
@@ -336,7 +336,7 @@ def predict(model, items, batch_size, max_new_tokens):
     for start in tqdm(range(0, len(items), batch_size), desc="answers", leave=False):
         batch = order[start : start + batch_size]
         images = [data.open_image(items[i]["image"], items[i]["where"]) for i in batch if items[i]["image"]]
-        pixels = [data.transform_image(image, *form) for image in images]                       # (3, S, S) each
+        pixels = [data.transform_image(image, *model.image_form) for image in images]           # (3, height, width) each
         texts = model.generate([prompts[i] for i in batch], torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0), max_new_tokens)
         for i, text in zip(batch, texts):
             predictions[i] = text.strip()
@@ -346,7 +346,7 @@ def predict(model, items, batch_size, max_new_tokens):
 # ----------------------------------------------------------------------------------------------------------------------------------- scores
 
 
-def measure(task, items, predictions, geometry, box_frame):
+def measure(task, items, predictions, geometry, box_frame, aspect=1.0):
     """Predictions of one file's items of one task, as what scores are made of.
 
     -> statistics (n, k), a row per item, whose first column is the item's own score and whose last is 1; {metric: function of their sums};
@@ -366,13 +366,13 @@ def measure(task, items, predictions, geometry, box_frame):
         return np.float64(rows), {"choice": mean(0)}, [letter is not None for letter in letters]
 
     boxes, frames = list(map(parse_box, predictions)), [box_frame]
-    if any(data.square_box(item["image_size"], geometry) != (0, 0, *item["image_size"]) for item in items):
+    if any(data.view_box(item["image_size"], geometry, aspect) != (0, 0, *item["image_size"]) for item in items):
         frames.append("square" if box_frame == "image" else "image")
     rows, metrics = [], {}
     for box, item in zip(boxes, items):
         (width, height), (x0, y0, x1, y1) = item["image_size"], item["answer"]
         inside = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-        overlaps = [iou(box_in_pixels(box, item["image_size"], frame, geometry), inside) if box else 0.0 for frame in frames]
+        overlaps = [iou(box_in_pixels(box, item["image_size"], frame, geometry, aspect), inside) if box else 0.0 for frame in frames]
         rows.append([*overlaps, *(overlap >= 0.5 for overlap in overlaps), 1])
     for i, frame in enumerate(frames):
         note = f" ({frame})" if i else ""
@@ -408,7 +408,8 @@ def evaluate(path, items, args, device):
         groups.setdefault((item["file"], item["task"]), []).append(i)
     for (file, task), group in groups.items():
         members = [items[i] for i in group]
-        statistics, metrics, parsed = measure(task, members, [predictions[i] for i in group], model.config["geometry"], args.box_frame)
+        statistics, metrics, parsed = measure(task, members, [predictions[i] for i in group], model.config["geometry"], args.box_frame,
+                                              model.aspect)
         for i, score, readable in zip(group, statistics[:, 0].tolist(), parsed):
             lines[i] = {key: items[i][key] for key in ("id", "file", "task", "kind")} | {
                 "prediction": predictions[i], "answer": items[i]["answer"], "score": score, "parsed": readable}

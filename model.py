@@ -1,8 +1,11 @@
 """The multimodal language model: vision encoder -> projector -> splice -> language model; LoRA; checkpoints in and out.
 
-    pixels (N, 3, S, S) --encoder, frozen--> Z (N, P_v, D_v) --projector, trained--> H (N, P, D) --+
-                                                                                                   splice -> (B, T, D) -> LLM -> logits
-    token ids (B, T) ------------------- W, the LLM's own word embeddings (V, D) ------------------+
+    pixels (N, 3, height, width) --encoder, frozen--> Z (N, P_v, D_v) --projector, trained--> H (N, P, D) --+
+                                                                                         splice -> (B, T, D) -> LLM -> logits
+    token ids (B, T) ---------------------- W, the LLM's own word embeddings (V, D) ------------------------+
+
+The encoder is any vision transformer and the language model any causal one that transformers' Auto classes load: what differs between
+families (tokens before the patches, grid, pixel statistics, scale of the embeddings, chat template) is read from the model's own files.
 
 Stage 1 trains the projector alone, stage 2 the language model as well, all of it or low-rank factors beside its linear maps.
 
@@ -19,6 +22,7 @@ The one legend of symbols, used in all files:
     tau   temperature of the patch loss
 """
 import inspect
+import math
 import warnings
 from pathlib import Path
 
@@ -31,7 +35,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-from data import IGNORE, IMAGE_TOKEN, InputError, Records, read_records
+from data import IGNORE, IMAGE_TOKEN, InputError, Records, end_ids, read_records, sides
 from kernels.patch_loss import cosine_loss, patch_loss
 from projector import PROJECTORS, output_grid
 
@@ -45,8 +49,9 @@ VERSION = 1                                                           # of the c
 class PatchAlignedModel(nn.Module):
     """Encoder, projector and language model named by a plain dict, which a checkpoint stores and rebuilds the model from.
 
-    config: vision, llm (folders or hub names), projector (a key of PROJECTORS), image_size (0: what the image processor says),
-    geometry (pad | crop | stretch), feature_layer (index into the encoder's hidden states), prompt, coverage, tau,
+    config: vision, llm (folders or hub names), projector (a key of PROJECTORS), pool (side of the square of patches that a pooling
+    projector makes one of), image_size (side, or [height, width], of the encoder's input; 0: what the image processor says), geometry
+    (pad | crop | stretch), feature_layer (index into the encoder's hidden states), prompt, coverage, tau,
     patch_weight, patch_loss (softmax | cosine), centre_words (patch loss on W and H less the mean of W); after stage 2 also
     tune (full | lora: what of the language model is trained) and, with lora, its rank, alpha, dropout and modules. Raises InputError
     when a backbone cannot be loaded.
@@ -62,24 +67,30 @@ class PatchAlignedModel(nn.Module):
         self.tokenizer = load_backbone(AutoTokenizer, llm, "--llm")
 
         settings = self.encoder.config
-        if not isinstance(getattr(settings, "patch_size", None), int) or not hasattr(settings, "num_hidden_layers"):
-            raise InputError(f"--vision {vision}: a {settings.model_type} has no square patches; use a vision transformer such as CLIP")
-        processor = read_processor(vision)
-        size = config["image_size"] or processor_size(processor) or settings.image_size
-        if size <= 0 or size % settings.patch_size:
-            raise InputError(f"--image-size {size} is not a multiple of the encoder's patch size {settings.patch_size}")
+        if not hasattr(settings, "patch_size") or not hasattr(settings, "num_hidden_layers"):
+            raise InputError(f"--vision {vision}: a {settings.model_type} has no patches; use a vision transformer such as CLIP")
         layers = settings.num_hidden_layers + 1
         if not -layers <= config["feature_layer"] < layers:
             raise InputError(f"--feature-layer {config['feature_layer']}: the encoder has {layers} hidden states")
-        self.config = dict(config, image_size=size, vision=vision, llm=llm)
+        processor = read_processor(vision)
         self.image_mean, self.image_std = processor.get("image_mean", [0.5] * 3), processor.get("image_std", [0.5] * 3)
-        side = size // settings.patch_size
-        self.encoder_patches = side * side                                                           # P_v
-        self.grid = output_grid(config["projector"], (side, side))                                   # (rows, columns), P = their product
+        self.image_resample = processor.get("resample", 3)                                           # PIL's number of a filter
+        self.patch_size = sides(settings.patch_size)                                                 # (height, width), pixels
+        size, self.encoder_grid = encoder_input(config["image_size"], processor, settings)
+        self.encoder_patches = self.encoder_grid[0] * self.encoder_grid[1]                           # P_v
         takes = inspect.signature(self.encoder.forward).parameters
-        resized = size != settings.image_size and "interpolate_pos_encoding" in takes
+        self.patchified = "spatial_shapes" in takes                                                  # it wants patches for pixels
+        resized = self.encoder_grid != native_grid(settings) and "interpolate_pos_encoding" in takes
         self.encoder_options = {"interpolate_pos_encoding": True} if resized else {}
-        self.projector = PROJECTORS[config["projector"]](settings.hidden_size, self.word_embeddings.shape[1])
+
+        self.config = dict(config, image_size=size, vision=vision, llm=llm)
+        kind, pool = config["projector"], config.get("pool", 1)
+        try:
+            self.grid = output_grid(kind, self.encoder_grid, pool)                                   # (rows, columns), P = their product
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+        self.projector = PROJECTORS[kind](settings.hidden_size, self.word_embeddings.shape[1], self.encoder_grid, pool)
+        self.embedding_scale = embedding_scale(self.llm)
         self.words_centre = None                                                                     # mean of W, once it is needed
         if config.get("tune"):
             self.tune(config["tune"], config.get("lora"))
@@ -110,10 +121,10 @@ class PatchAlignedModel(nn.Module):
 
     def records(self, path: str, image_dir: str, regions: str = "", max_length: int = 2048, require_image: bool = True) -> Records:
         """The records of a file as samples for this model: its encoder's input, its grid, its tokenizer and prompt."""
-        config = self.config
-        return Records(read_records(path, regions or None), image_dir, self.tokenizer, image_size=config["image_size"],
-                       geometry=config["geometry"], grid=self.grid, mean=self.image_mean, std=self.image_std, prompt=config["prompt"],
-                       max_length=max_length, coverage=config["coverage"], require_image=require_image, source=path)
+        size, geometry, mean, std, resample = self.image_form
+        return Records(read_records(path, regions or None), image_dir, self.tokenizer, image_size=size, geometry=geometry, grid=self.grid,
+                       mean=mean, std=std, resample=resample, prompt=self.config["prompt"], max_length=max_length,
+                       coverage=self.config["coverage"], require_image=require_image, source=path)
 
     def train(self, mode: bool = True):
         """Training mode for what is trained; the frozen backbones stay in evaluation mode, without dropout."""
@@ -136,10 +147,26 @@ class PatchAlignedModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (N, 3, S, S) -> Z (N, P_v, D_v), float32. Tokens before the patches (class, registers) are dropped."""
+        """Pixels (N, 3, height, width) -> Z (N, P_v, D_v), float32. Tokens before the patches (class, registers) are dropped. InputError:
+        fewer tokens than patches."""
         pixels = pixel_values.to(self.device, next(self.encoder.parameters()).dtype)
-        states = self.encoder(pixels, output_hidden_states=True, **self.encoder_options).hidden_states
-        return states[self.config["feature_layer"]][:, -self.encoder_patches:].float()
+        inputs = patchify(pixels, self.patch_size) if self.patchified else dict(pixel_values=pixels)
+        Z = self.encoder(**inputs, output_hidden_states=True, **self.encoder_options).hidden_states[self.config["feature_layer"]]
+        if Z.shape[1] < self.encoder_patches:
+            raise InputError(f"--vision {self.config['vision']}: {Z.shape[1]} tokens for {self.encoder_patches} patches; its patches are "
+                             "not of one size")
+        return Z[:, -self.encoder_patches:].float()
+
+    @property
+    def image_form(self) -> tuple:
+        """What `data.transform_image` needs to make the encoder's input of an image: size, geometry, mean, std, resample."""
+        return self.config["image_size"], self.config["geometry"], self.image_mean, self.image_std, self.image_resample
+
+    @property
+    def aspect(self) -> float:
+        """Width / height of the encoder's input."""
+        height, width = sides(self.config["image_size"])
+        return width / height
 
     def splice(self, input_ids: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         """Token embeddings (B, T, D) with the rows of H (N, P, D), image by image, in the places of IMAGE_TOKEN."""
@@ -158,8 +185,8 @@ class PatchAlignedModel(nn.Module):
         config, pixels = self.config, batch["pixel_values"]
         if len(pixels):
             Z = self.encode(pixels)                                                                  # (N, P_v, D_v)
-        else:                                                                                        # text alone: any patch, taken 0 times,
-            Z = torch.zeros(1, 1, self.encoder.config.hidden_size, device=self.device)               # gives the projector a gradient of 0
+        else:                                                                                        # text alone: any image, taken 0 times,
+            Z = torch.zeros(1, self.encoder_patches, self.encoder.config.hidden_size, device=self.device)    # gives a gradient of 0
         H = self.projector(Z)                                                                        # (N, P, D)
         X = self.splice(batch["input_ids"], H[: len(pixels)])                                        # (B, T, D)
         X = X + 0 * H.sum().to(X.dtype)
@@ -181,7 +208,7 @@ class PatchAlignedModel(nn.Module):
         if config.get("centre_words"):
             if self.words_centre is None:                                                            # W is frozen: once is enough
                 self.words_centre = W.float().mean(0)                                                # (D,)
-            rows, W = rows - self.words_centre, W - self.words_centre.to(W.dtype)
+            rows, W = rows - self.embedding_scale * self.words_centre, W - self.words_centre.to(W.dtype)
         if config["patch_loss"] == "cosine":
             patch, patches = cosine_loss(rows, W, ids, weights)
         else:
@@ -199,7 +226,7 @@ class PatchAlignedModel(nn.Module):
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         H = self.projector(self.encode(pixel_values)) if len(pixel_values) else ids.new_empty(0, 0, self.word_embeddings.shape[1]).float()
         greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=self.pad_id,
-                                  eos_token_id=self.tokenizer.eos_token_id)
+                                  eos_token_id=end_ids(self.tokenizer, self.config["prompt"]))
         answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, generation_config=greedy)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -287,16 +314,62 @@ def read_processor(name: str) -> dict:
         raise InputError(f"--vision {name}: it has no preprocessor_config.json, which gives the mean and deviation of its pixels") from None
 
 
-def processor_size(settings: dict) -> int:
-    """The side of the square that an image processor makes, 0 if it does not say."""
+def processor_size(settings: dict) -> tuple[int, int] | None:
+    """(height, width) of what an image processor makes, None if it does not say."""
     for key in ("crop_size", "size"):
         value = settings.get(key) or {}
         if isinstance(value, int):
-            return value
-        for side in ("height", "shortest_edge"):
-            if side in value:
-                return value[side]
-    return 0
+            return value, value
+        if "shortest_edge" in value:
+            return value["shortest_edge"], value["shortest_edge"]
+        if "height" in value:
+            return value["height"], value["width"]
+    return None
+
+
+def native_grid(settings) -> tuple[int, int]:
+    """The grid (rows, columns) of an encoder's own position table, from its config."""
+    if not hasattr(settings, "image_size"):                                                          # SigLIP 2 NaFlex: a square table
+        return (math.isqrt(settings.num_patches),) * 2
+    return tuple(side // patch for side, patch in zip(sides(settings.image_size), sides(settings.patch_size)))
+
+
+def encoder_input(image_size, processor: dict, settings) -> tuple[int | list[int], tuple[int, int]]:
+    """-> (size of the encoder's input, an int for a square, else [height, width]; its grid (rows, columns)).
+
+    image_size: of --image-size, 0 for what the processor says, or else the encoder's own; these are cut to whole patches. InputError: no
+    multiple of the patch size.
+    """
+    patch = sides(settings.patch_size)
+    if image_size:
+        size = sides(image_size)
+        if min(size) <= 0 or size[0] % patch[0] or size[1] % patch[1]:
+            shown = patch[0] if patch[0] == patch[1] else f"{patch[0]} x {patch[1]}"
+            raise InputError(f"--image-size {image_size} is not a multiple of the encoder's patch size {shown}")
+    else:
+        size = processor_size(processor) or [rows * side for rows, side in zip(native_grid(settings), patch)]
+    grid = tuple(side // of for side, of in zip(size, patch))
+    height, width = (rows * of for rows, of in zip(grid, patch))
+    return height if height == width else [height, width], grid
+
+
+def patchify(pixels: torch.Tensor, patch_size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Pixels (N, 3, height, width) as SigLIP 2's NaFlex encoders take them: pixel_values (N, P_v, p_h p_w 3), a mask and the grids."""
+    N, (p_h, p_w) = len(pixels), patch_size
+    rows, columns = pixels.shape[2] // p_h, pixels.shape[3] // p_w
+    patches = pixels.view(N, 3, rows, p_h, columns, p_w).permute(0, 2, 4, 3, 5, 1).reshape(N, rows * columns, -1)
+    return dict(pixel_values=patches, pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.int64, device=pixels.device),
+                spatial_shapes=torch.tensor([[rows, columns]] * N, device=pixels.device))
+
+
+@torch.no_grad()
+def embedding_scale(llm) -> float:
+    """What a language model multiplies its word embeddings by inside their layer (Gemma: the root of D), 1 for most. Patches take their
+    place after that layer."""
+    embed = llm.get_input_embeddings()
+    ids = torch.arange(min(64, embed.weight.shape[0]), device=embed.weight.device)
+    rows, out = embed.weight[ids].double(), embed(ids).double()
+    return 1.0 if embed.weight.is_meta else float((rows * out).sum() / rows.square().sum().clamp_min(1e-30))
 
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoints

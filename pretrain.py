@@ -48,6 +48,8 @@ class Args:
     """language model: a Hugging Face folder or hub name"""
     projector: str = field(default="mlp2x_gelu", metadata={"choices": list(PROJECTORS)})
     """kind of projector"""
+    pool: int = 2
+    """pixel_shuffle and c_abstractor make one patch of pool x pool"""
     image_size: int = 0
     """side of the encoder's square input in pixels; 0: what its image processor says"""
     geometry: str = field(default="crop", metadata={"choices": list(GEOMETRIES)})
@@ -100,7 +102,7 @@ class Args:
     """train on the first batch only, over and over: both losses must fall"""
 
 
-CONFIG = ("vision", "llm", "projector", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
+CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
           "patch_loss", "centre_words")                        # the flags that a checkpoint remembers: later stages need none of them
 FREE = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "val_every"}                        # these change no result
 
@@ -108,7 +110,7 @@ FREE = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "v
 def check(args: Args) -> Args:
     """Fill in what depends on the data; refuse what makes no sense."""
     for name, low in (("steps", -1), ("batch_size", 0), ("micro_batch", 0), ("patch_weight", 0), ("warmup", 0), ("save_every", 1),
-                      ("log_every", 1), ("val_every", 0), ("seed", 0)):
+                      ("pool", 1), ("log_every", 1), ("val_every", 0), ("seed", 0)):
         if getattr(args, name) < low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is less than {low}")
     for name in ("tau", "coverage", "lr", "clip"):

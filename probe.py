@@ -244,11 +244,11 @@ def word_rows(tokenizer, w):
 
 
 def model_input(record, model, image_dir):
-    """A record's image as the encoder's square input (3, S, S), and the list of words of each of its patches."""
+    """A record's image as the encoder's input (3, height, width), and the list of words of each of its patches."""
     where, c = f"record {record.get('id')}", model.config
     image = data.open_image(data.image_path(record, image_dir, where), where)
-    pixels = data.transform_image(image, c["image_size"], c["geometry"], model.image_mean, model.image_std)
-    return pixels, data.patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid, c["coverage"], where)
+    words = data.patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid, c["coverage"], where, model.aspect)
+    return data.transform_image(image, *model.image_form), words
 
 
 @torch.inference_mode()
@@ -322,7 +322,7 @@ class Palette(dict):
 
 
 def unnormalised(pixels, mean, std):
-    """The encoder's input (3, S, S) as a PIL image of PANEL x PANEL: what the model sees, borders included."""
+    """The encoder's input (3, height, width) as a PIL image of PANEL x PANEL: what the model sees, borders included."""
     pixels = pixels * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     image = Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
     return image.resize((PANEL, PANEL), Image.Resampling.NEAREST if 2 * image.width <= PANEL else Image.Resampling.LANCZOS)

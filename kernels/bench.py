@@ -345,9 +345,10 @@ def random_model(vision: dict, llm: dict):
         encoder = AutoModel.from_config(CLIPVisionConfig(**vision), dtype=dtype)
         model.encoder = getattr(encoder, "vision_model", encoder).requires_grad_(False)
         model.llm = AutoModelForCausalLM.from_config(LlamaConfig(**llm), dtype=dtype).requires_grad_(False)
-        model.projector = mlp2x_gelu(vision["hidden_size"], llm["hidden_size"])
+        side = vision["image_size"] // vision["patch_size"]
+        model.projector = mlp2x_gelu(vision["hidden_size"], llm["hidden_size"], (side, side), 1)
     model.config = dict(feature_layer=-2, patch_loss="softmax", tau=0.07)
-    model.encoder_patches, model.encoder_options = (vision["image_size"] // vision["patch_size"]) ** 2, {}
+    model.encoder_patches, model.encoder_options, model.patchified = side * side, {}, False
     return model.train()
 
 

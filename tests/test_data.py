@@ -64,27 +64,32 @@ def turns(*texts):
 # ------------------------------------------------------------------------------------------------ labels follow pixels
 
 
-def seen_by_the_encoder(mask, size, geometry, grid):
+def seen_by_the_encoder(mask, size, geometry, grid, **options):
     """The mask drawn as an image, through the pixels' own path, averaged over each patch."""
-    image = Image.fromarray(np.uint8(mask) * 255).convert("RGB")
-    pixels = data.transform_image(image, size, geometry, [0.0] * 3, [1.0] * 3)[0].numpy()
-    return pixels.reshape(grid[0], size // grid[0], grid[1], size // grid[1]).mean((1, 3))
+    image, (height, width) = Image.fromarray(np.uint8(mask) * 255).convert("RGB"), data.sides(size)
+    pixels = data.transform_image(image, size, geometry, [0.0] * 3, [1.0] * 3, **options)[0].numpy()
+    return pixels.reshape(grid[0], height // grid[0], grid[1], width // grid[1]).mean((1, 3))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_labels_follow_pixels_exactly(geometry, monkeypatch):
-    # Enlarged without a filter to a multiple of every pixel and every patch edge, the comparison has no tolerance.
-    monkeypatch.setattr(data, "RESAMPLE", Image.Resampling.NEAREST)
-    rng = np.random.default_rng(0)
-    for _ in range(40):
+def test_labels_follow_pixels_exactly(geometry):
+    # Enlarged without a filter to a multiple of every pixel and every patch edge, the comparison has no tolerance. The encoder's input is a
+    # square, or twice as wide or high.
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(90):
         width, height, rows, columns = (int(n) for n in rng.integers(1, 9, 4))
-        mask = rng.random((height, width)) < 0.5
-        sides = (width, height) if geometry == "stretch" else (max(width, height) if geometry == "pad" else min(width, height),)
-        size = math.lcm(*sides, rows, columns)
-        expected = seen_by_the_encoder(mask, size, geometry, (rows, columns))
-        coverage = data.region_coverage([{"rle": data.encode_rle(mask)}], (width, height), geometry, (rows, columns))
+        aspect = float(rng.choice([1, 2, 0.5]))
+        x0, y0, x1, y1 = data.view_box((width, height), geometry, aspect)
+        if geometry != "stretch" and x1 - x0 != aspect * (y1 - y0):             # rounded to whole pixels
+            continue
+        mask, enlarged = rng.random((height, width)) < 0.5, math.lcm(rows, columns)
+        size = ((y1 - y0) * enlarged, (x1 - x0) * enlarged)
+        expected = seen_by_the_encoder(mask, size, geometry, (rows, columns), resample=Image.Resampling.NEAREST)
+        coverage = data.region_coverage([{"rle": data.encode_rle(mask)}], (width, height), geometry, (rows, columns), aspect=aspect)
+        shapes.add(aspect)
         assert coverage.dtype == np.float32
         np.testing.assert_allclose(coverage, expected[None], atol=2e-6)
+    assert len(shapes) == 3
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -326,10 +331,11 @@ def test_padding_has_the_mean_colour_and_values_are_normalised():
     assert x.shape == (3, 8, 8) and x.dtype == torch.float32
     assert x[:, :2].abs().max() < 0.03 and x[:, 6:].abs().max() < 0.03
     torch.testing.assert_close(x[:, 3, 3], torch.tensor([1.6, -1.6, -4.0]))
-    assert data.square_box((8, 5), "pad") == (0, -1, 8, 7) and data.square_box((8, 5), "crop") == (1, 0, 6, 5)
-    assert data.square_box((5, 8), "pad") == (-1, 0, 7, 8) and data.square_box((5, 8), "crop") == (0, 1, 5, 6)
+    assert data.view_box((8, 5), "pad") == (0, -1, 8, 7) and data.view_box((8, 5), "crop") == (1, 0, 6, 5)
+    assert data.view_box((5, 8), "pad") == (-1, 0, 7, 8) and data.view_box((5, 8), "crop") == (0, 1, 5, 6)
+    assert data.view_box((8, 5), "pad", 2) == (-1, 0, 9, 5) and data.view_box((8, 5), "crop", 2) == (0, 0, 8, 4)
     with pytest.raises(InputError, match="squash"):
-        data.square_box((8, 5), "squash")
+        data.view_box((8, 5), "squash")
 
 
 # ---------------------------------------------------------------------------------------------- records, batches, steps

@@ -167,7 +167,7 @@ def test_foreign_and_unfitting_checkpoints(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, message", [
     ({"vision": "no/such/folder"}, "--vision no/such/folder: no such model folder"),
     ({"llm": "./backbones"}, "--llm ./backbones: no such model folder"),
-    ({"vision": str(toy.LLM)}, "a llama has no square patches"),
+    ({"vision": str(toy.LLM)}, "a llama has no patches"),
     ({"feature_layer": 6}, "--feature-layer 6: the encoder has 6 hidden states"),
     ({"image_size": 100}, "--image-size 100 is not a multiple of the encoder's patch size 12"),
 ])
@@ -188,6 +188,6 @@ def test_another_image_size_gives_another_grid(world):
 
 
 def test_processor_sizes():
-    for settings, size in (({"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}}, 224), ({"size": 384}, 384),
-                           ({"size": {"height": 378, "width": 378}}, 378), ({}, 0)):
+    for settings, size in (({"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}}, (224, 224)),
+                           ({"size": 384}, (384, 384)), ({"size": {"height": 224, "width": 448}}, (224, 448)), ({}, None)):
         assert module.processor_size(settings) == size

@@ -179,7 +179,8 @@ def word_tokenizer():
 
 class Model:
     grid, tokenizer = (4, 4), word_tokenizer()
-    image_mean, image_std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+    image_mean, image_std, aspect = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], 1
+    image_form = 40, "pad", image_mean, image_std
     config = {"image_size": 40, "geometry": "pad", "coverage": 0.25}
     word_embeddings = random(len(TOKENS), 24, dtype=torch.float32)
 
