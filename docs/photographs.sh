@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparison on photographs: DINOv2-S and SmolLM2-135M on Flickr8k with phrase boxes, through reproduce.py.
 #
-#   bash docs/photographs.sh DATA cpu                  # what docs/photographs.md reports: one seed, 64 patches, 8,000 captions, 4,000 conversations
+#   bash docs/photographs.sh DATA cpu                  # what the README reports: one seed, 64 patches, 8,000 captions, 4,000 conversations
 #   bash docs/photographs.sh DATA gpu --budget 540     # three seeds, 256 patches, whole epochs; again, until it says "wrote"
 #
 # DATA holds dinov2-small/ and smollm2-135m/ (Hugging Face folders), images/ (Flickr8k's) and flickr8k.jsonl.gz (see docs/flickr8k.py).

@@ -140,6 +140,10 @@ def test_patches_stand_where_words_do(language_model, world):
         while len(longer) < len(prompt) + 5 and longer[-1] != model.tokenizer.eos_token_id:
             longer.append(int(model.llm(inputs_embeds=model.splice(torch.tensor([longer]), H[i: i + 1])).logits[0, -1].argmax()))
         assert answers[i] == model.tokenizer.decode(longer[len(prompt):], skip_special_tokens=True).strip()
+    said = longer[len(prompt):]
+    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(said[3])                       # now an answer ends here
+    ended = model.generate(prompts[1:], pixels[1:], max_new_tokens=5)[0]
+    assert ended == model.tokenizer.decode(said[:said.index(said[3]) + 1], skip_special_tokens=True).strip() != answers[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------ chat templates
