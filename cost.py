@@ -44,21 +44,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as stages_model
 import runtime
 from data import InputError, StepSampler, read_records, tokenize
 from kernels.patch_loss import FUSED_SCRATCH, run_sweep
+from model import LoRA
 
 SAMPLED = 256                   # records whose lengths are looked at
 TARGETS = 4                     # tokens that name a patch, for the size of Y: it hardly matters
 H100 = 989e12                   # its dense bfloat16 FLOP/s, of the data sheet
-GIB = 2**30
 
 # ------------------------------------------------------------------------------------- what a GPU does otherwise than the meta device
 
 LOW = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.conv1d,
-       torch.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.mm, torch.Tensor.mm, torch.bmm,
-       torch.Tensor.bmm, torch.addmm, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention}
+       torch.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.mm, torch.Tensor.mm,
+       torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention}
 HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax,
         torch.Tensor.log_softmax, F.cross_entropy, F.softplus, torch.rsqrt, torch.Tensor.rsqrt, torch.pow, torch.Tensor.pow,
         torch.Tensor.__pow__, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log}      # of torch.autocast's lists, what models use
@@ -119,7 +118,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, trained, dropout_p, is_causal, scale=scale)[0]
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(query, key, value, attn_mask, trained, dropout_p, is_causal, scale=scale)[0]
 
 
 def patch_loss_shapes(h, w, ids, weights, tau):
@@ -204,34 +204,40 @@ def meta_batch(model, shape: Shape) -> dict[str, torch.Tensor]:
                 patch_weights=torch.empty(N, P, TARGETS, device="meta"))
 
 
-def parts(counter: FlopCounterMode) -> dict[str, int]:
-    """FLOPs so far, by part of the model."""
-    counts = counter.get_flop_counts()
-    return {name: sum(counts.get(f"PatchAlignedModel.{name}", {}).values()) for name in ("encoder", "projector", "llm")} | {
-        "all": sum(counts.get("Global", {}).values())}
-
-
-def forward_backward(model, shape: Shape, dtype: torch.dtype, live: Live | None = None) -> dict:
-    """Run a forward and a backward pass over one batch -> {forward, backward: FLOPs by part; saved: bytes of activations kept for the
-    backward pass; copies: bytes of weights kept in `dtype` beside them}. `live` watches. InputError: a model that looks at values."""
-    shapes, result = Shapes(dtype, shape.T, shape.first), {}
-    if getattr(model.llm, "is_gradient_checkpointing", False):           # what is run again needs the same rules, and copies of its own
+def forward_backward(model, shape: Shape, dtype: torch.dtype, checkpointing: bool, watch, between=lambda: None) -> dict[str, int]:
+    """Run a forward and a backward pass over one batch, with `watch` (a Live or a FlopCounterMode) watching and `between` called between
+    them -> {saved: bytes of activations kept for the backward pass, copies: bytes of weights kept in `dtype` beside them}."""
+    shapes = Shapes(dtype, shape.T, shape.first)
+    if checkpointing:                                                    # what is run again needs the same rules, and copies of its own
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(
             use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Shapes(dtype, shape.T, shape.first))))
-    watched = live or contextlib.nullcontext()
-    with mock.patch.object(stages_model, "patch_loss", patch_loss_shapes), FlopCounterMode(display=False) as counter, watched:
+    with mock.patch("model.patch_loss", patch_loss_shapes), watch:
         batch = meta_batch(model, shape)
         with saved_for_backward(model) as saved:
             with shapes:
                 sums = model(batch)
                 copies = {id(copy.untyped_storage()): copy.untyped_storage().nbytes() for _, copy in shapes.copies.values()}
             loss = sums["caption_loss"] + sums.get("patch_loss", 0)
-            result["saved"] = sum(size for key, size in saved.items() if key not in copies)
-            result["copies"] = sum(size for key, size in copies.items() if key in saved)
-        del sums
-        result["forward"] = parts(counter)
+            result = dict(saved=sum(size for key, size in saved.items() if key not in copies),
+                          copies=sum(size for key, size in copies.items() if key in saved))
+        del sums                                                         # as in the stages, only the loss is held on to
+        between()
         loss.backward()
-    return result | {"backward": {name: count - result["forward"][name] for name, count in parts(counter).items()}}
+    return result
+
+
+def count_flops(model, shape: Shape, dtype: torch.dtype, checkpointing: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+    """FLOPs of a (forward, backward) pass over one batch, each {encoder, projector, llm, all}; the patch loss apart. The counter keeps
+    tensors alive, so that memory is measured without it."""
+    def parts():
+        counts = counter.get_flop_counts()
+        return {name: sum(counts.get(key, {}).values()) for name, key in (
+            ("encoder", "PatchAlignedModel.encoder"), ("projector", "PatchAlignedModel.projector"), ("llm", "PatchAlignedModel.llm"),
+            ("all", "Global"))}
+
+    counter, forward = FlopCounterMode(display=False), {}
+    forward_backward(model, shape, dtype, checkpointing, counter, lambda: forward.update(parts()))
+    return forward, {name: count - forward[name] for name, count in parts().items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------------- memory
@@ -242,7 +248,8 @@ def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, foreach: bool = True) -> dict[str, int]:
+def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, checkpointing: bool = False,
+           foreach: bool = True) -> dict[str, int]:
     """Bytes by part of a step, run on the meta device: weights (frozen, trained), copies, gradients, optimizer, saved; pass_peak and
     update_peak: the most alive during forward and backward pass, and during the update. `accumulate`: gradients of earlier micro-batches
     are there; `foreach`: the optimizer takes all tensors at once, PyTorch's default on a GPU, which needs one more copy of them.
@@ -260,7 +267,7 @@ def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, foreach: b
     if not accumulate:
         optimizer.zero_grad(set_to_none=True)
     live.peak = live.bytes
-    run = forward_backward(model, shape, dtype, live)
+    run = forward_backward(model, shape, dtype, checkpointing, live)
     pass_peak, live.peak = live.peak, live.bytes
     with live:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -270,11 +277,11 @@ def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, foreach: b
                 optimizer=bytes_of(state), saved=run["saved"], pass_peak=pass_peak, update_peak=live.peak)
 
 
-def sharded(model, shape: Shape, dtype: torch.dtype, world: int) -> dict[str, int]:
-    """The same per GPU under FSDP2 over `world` processes, as sft.shard splits the model: weights, gradients and optimizer state in float32,
-    1 / world each; the encoder whole. Activations are run, in `dtype`; what is gathered is counted: all that is in no decoder layer (word
-    embeddings, head, projector) stays gathered from forward to backward pass, with gradients; of the layers one is in use while the next
-    comes, and one layer's gradients wait to be summed, in `dtype` and in float32.
+def sharded(model, shape: Shape, dtype: torch.dtype, world: int, checkpointing: bool) -> dict[str, int]:
+    """The same per GPU under FSDP2 over `world` processes, as sft.shard splits the model: weights, gradients and optimizer state in
+    float32, 1 / world each; the encoder whole. Activations are run, in `dtype`; what is gathered is counted: all that is in no decoder
+    layer (word embeddings, head, projector) stays gathered from forward to backward pass, with gradients; of the layers one is in use
+    while the next comes, and one layer's gradients wait to be summed, in `dtype` and in float32. It leaves the model in `dtype`.
     """
     layers = max((m for m in model.llm.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     whole = [*model.llm.parameters(), *model.projector.parameters()]
@@ -291,7 +298,7 @@ def sharded(model, shape: Shape, dtype: torch.dtype, world: int) -> dict[str, in
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         live.add(tensor)
     before, live.peak = live.bytes, live.bytes
-    run = forward_backward(model, shape, dtype, live)
+    run = forward_backward(model, shape, dtype, checkpointing, live)
     for handle in handles:
         handle.remove()
     frozen = bytes_of(model.encoder.parameters())
@@ -371,7 +378,7 @@ def report(model, args, data: str, stage: str) -> None:
                for name, m in names.items()}
     head = model.llm.get_output_embeddings()
     tied = head is None or head.weight is model.word_embeddings
-    factors = sum(p.numel() for m in model.llm.modules() if type(m).__name__ == "LoRA" for p in (m.A, m.B))
+    factors = sum(p.numel() for m in model.llm.modules() if isinstance(m, LoRA) for p in (m.A, m.B))
     rows = [["parameters", "all", "trained"], *[[f"  {label}", f"{counted[name][0]:,}", f"{counted[name][1]:,}"] for name, label in
             (("encoder", "vision encoder"), ("projector", f"projector ({model.config['projector']})"), ("llm", "language model"))]]
     rows += [["    word embeddings" + (" and output head" if tied else ""), f"{V * D:,}", "in it"]]
@@ -380,41 +387,48 @@ def report(model, args, data: str, stage: str) -> None:
     rows += [["  all", *(f"{sum(column):,}" for column in zip(*counted.values()))]]
 
     # ---- FLOPs: a micro-batch of the usual length
+    checkpointing = getattr(args, "checkpointing", False)
     usual = Shape(micro, round(micro * tokens.images) or 1, round(tokens.padded), min(tokens.first, round(tokens.padded) - 1))
-    flops = forward_backward(model, usual, dtype)
-    scale = args.batch_size / micro / 1e12
-    table = [["TFLOP per step", "forward", "backward"], *[[f"  {label}", flops["forward"][name] * scale, flops["backward"][name] * scale]
-             for name, label in (("encoder", "vision encoder"), ("projector", "projector"), ("llm", "language model"))]]
-    patch = 0.0
+    forward, backward = count_flops(model, usual, dtype, checkpointing)
+    patch = 0
     if stage == "pretrain" and model.config["patch_loss"] == "softmax":
-        patch = (4 if model.config["patch_weight"] else 2) * usual.images * P * V * D * scale
-        table += [["  patch loss, every patch labelled", patch, 0.0]]
-    total = (flops["forward"]["all"] + flops["backward"]["all"]) * scale + patch
-    table += [["  all", "", total]]
+        patch = (4 if model.config["patch_weight"] else 2) * usual.images * P * V * D
+    total = (forward["all"] + backward["all"] + patch) * args.batch_size / micro
+    unit, name = (1e12, "TFLOP") if total > 1e13 else (1e9, "GFLOP")
+    scale = args.batch_size / micro / unit
+    table = [[f"{name} per step", "forward", "backward"], *[[f"  {label}", forward[key] * scale, backward[key] * scale]
+             for key, label in (("encoder", "vision encoder"), ("projector", "projector"), ("llm", "language model"))]]
+    table += [["  patch loss, with every patch labelled", patch * scale, 0.0]] if patch else []
+    table += [["  all, both ways", "", total / unit]]
 
     # ---- memory: a micro-batch of the longest
     longest = Shape(micro, micro, tokens.longest, tokens.first)
-    used = sharded(model, longest, dtype, world) if is_sharded else memory(model, longest, dtype, passes > 1)
+    if is_sharded:
+        used = sharded(model, longest, dtype, world, checkpointing)
+    else:
+        used = memory(model, longest, dtype, passes > 1, checkpointing)
     low = str(dtype).removeprefix("torch.")
     labels = dict(frozen="weights, frozen", trained="weights, trained, float32", gradients="gradients", optimizer="AdamW's two moments",
                   copies=f"gathered, {low}" if is_sharded else f"weights' copies in {low}",
                   saved="activations kept for the backward pass")
+    present = [key for key in labels if key != "gradients" or passes > 1 or is_sharded]        # else they come as activations go
     peak = max(used["pass_peak"], used["update_peak"])
-    present = [name for name in labels if name != "gradients" or passes > 1 or is_sharded]
-    gib = [["GiB per GPU", ""], *[[f"  {label}", used[name] / GIB] for name, label in labels.items() if used[name]]]
-    gib += [["  temporary, at the peak of the passes", (used["pass_peak"] - sum(used[name] for name in present)) / GIB],
-            ["  peak of forward and backward pass", used["pass_peak"] / GIB], ["  peak of the update", used["update_peak"] / GIB],
-            ["  peak", peak / GIB]]
+    unit, name = (2**30, "GiB") if peak > 2**33 else (2**20, "MiB")
+    lines = [[label, used[key]] for key, label in labels.items() if used[key]]
+    lines += [["temporary, at the peak of the passes", used["pass_peak"] - sum(used[key] for key in present)],
+              ["peak of forward and backward pass", used["pass_peak"]], ["peak of the update", used["update_peak"]], ["peak", peak]]
+    taken = [[f"{name} per GPU", ""], *[[f"  {label}", size / unit] for label, size in lines]]
 
     image = "x".join(map(str, model.grid))
     runtime.log(f"dry run of {stage}: {model.config['vision']} ({model.config['image_size']} px) and {model.config['llm']}, {low}")
     runtime.log(f"batch {args.batch_size} = {world} processes x {passes} x {micro}" + (", in shards" if is_sharded else "")
-                + (", activations recomputed" if getattr(args, "checkpointing", False) else ""))
+                + (", activations recomputed" if checkpointing else ""))
     runtime.log(f"tokens per sample: {P} of the image ({image}), text {tokens.mean - P * tokens.images:.0f}; padded {tokens.padded:.0f}, "
                 f"longest {tokens.longest} ({tokens.note})")
-    for lines in (rows, table, gib):
-        runtime.log("\n" + runtime.table(lines))
-    runtime.log(f"\nsteps in an hour at 40 % of an H100's {H100 / 1e12:.0f} TFLOP/s per GPU, a guess: {3600 * 0.4 * H100 * world / total / 1e12:.0f}")
+    for part in (rows, table, taken):
+        runtime.log("\n" + runtime.table(part))
+    runtime.log(f"\nsteps in an hour on {world} H100 at 40% of their {H100 / 1e12:.0f} bfloat16 TFLOP/s (a guess, small models reach "
+                f"less): {3600 * 0.4 * H100 * world / total:,.0f}")
 
 
 def command(script: str) -> str:

@@ -162,8 +162,9 @@ def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device,
 def dry_run(args: Args) -> None:
     """Print what the run would take: see cost.py. Neither weights nor images are read, and nothing is written."""
     if runtime.rank() == 0:
+        data, args = args.data, check(args)
         model = PatchAlignedModel({name: getattr(args, name) for name in CONFIG}, cost.precision(args), weights=False)
-        cost.report(model, check(args), args.data, "pretrain")
+        cost.report(model, args, data, "pretrain")
         print(f"nothing was written; next: {cost.command('pretrain.py')}")
 
 

@@ -150,7 +150,8 @@ def check_stage(path: str) -> dict:
     """The config of a pretraining checkpoint. InputError: a checkpoint of another stage."""
     checkpoint = read_checkpoint(path)
     if checkpoint["stage"] != "pretrain":
-        raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from one that torchrun pretrain.py has written")
+        raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from one that torchrun pretrain.py has"
+                         " written")
     return checkpoint["config"]
 
 
