@@ -20,7 +20,7 @@ T tokens, a part with N weights in its linear maps and L layers of attention of 
     frozen, the projector trained below it (stage 1)                  2 F: the gradient of activations alone
     trained in full                                                   3 F: and that of weights
     LoRA                                                              2 F, and 3 times the factors' own
-    recomputed activations (--checkpointing)                          one F of the layers more
+    recomputed activations (--checkpointing)                          one F of the layers more, but for each layer's last product
 
 The backward pass of fused attention makes the scores again: five products to the forward pass's two. The patch loss takes two products,
 4 n V D for n patches, both in its forward pass (kernels/patch_loss.py).
