@@ -67,13 +67,13 @@ class Shapes(TorchFunctionMode):
     """Runs code that was written for numbers on tensors that have none.
 
     dtype       of the matrix products: torch.autocast's rules, which the meta device lacks; float32: none
-    T, first    masks over T positions are true from `first` on, other masks everywhere: all that forward asks of values
+    first       the one number that forward asks for, where the first answer begins; all that it looks for in masks is there
     copies      the low-precision copies of trained weights, which autocast keeps while it is on: {id: (weight, copy)}
     """
 
-    def __init__(self, dtype: torch.dtype, T: int, first: int):
+    def __init__(self, dtype: torch.dtype, first: int):
         super().__init__()
-        self.dtype, self.T, self.first, self.copies = dtype, T, first, {}
+        self.dtype, self.first, self.copies = dtype, first, {}
 
     def __exit__(self, *error):
         self.copies = {}
@@ -86,7 +86,7 @@ class Shapes(TorchFunctionMode):
         if function is torch.Tensor.__int__:
             return self.first
         if function is torch.Tensor.nonzero:
-            return torch.arange(self.first if len(args[0]) == self.T else 0, len(args[0]), device="meta")[:, None]
+            return torch.arange(len(args[0]), device="meta")[:, None]
         if self.dtype != torch.float32 and (function in LOW or function in HIGH):
             args, kwargs = tree_map(self.low if function in LOW else high, (args, kwargs))
         if function is F.scaled_dot_product_attention:
@@ -207,10 +207,10 @@ def meta_batch(model, shape: Shape) -> dict[str, torch.Tensor]:
 def forward_backward(model, shape: Shape, dtype: torch.dtype, checkpointing: bool, watch, between=lambda: None) -> dict[str, int]:
     """Run a forward and a backward pass over one batch, with `watch` (a Live or a FlopCounterMode) watching and `between` called between
     them -> {saved: bytes of activations kept for the backward pass, copies: bytes of weights kept in `dtype` beside them}."""
-    shapes = Shapes(dtype, shape.T, shape.first)
+    shapes = Shapes(dtype, shape.first)
     if checkpointing:                                                    # what is run again needs the same rules, and copies of its own
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(
-            use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Shapes(dtype, shape.T, shape.first))))
+            use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Shapes(dtype, shape.first))))
     with mock.patch("model.patch_loss", patch_loss_shapes), watch:
         batch = meta_batch(model, shape)
         with saved_for_backward(model) as saved:
@@ -427,7 +427,7 @@ def report(model, args, data: str, stage: str) -> None:
                 f"longest {tokens.longest} ({tokens.note})")
     for part in (rows, table, taken):
         runtime.log("\n" + runtime.table(part))
-    runtime.log(f"\nsteps in an hour on {world} H100 at 40% of their {H100 / 1e12:.0f} bfloat16 TFLOP/s (a guess, small models reach "
+    runtime.log(f"\nsteps in an hour on {world} H100 at 40% of {H100 / 1e12:.0f} bfloat16 TFLOP/s (a guess, small models reach "
                 f"less): {3600 * 0.4 * H100 * world / total:,.0f}")
 
 
