@@ -57,7 +57,8 @@ H100 = 989e12                   # its dense bfloat16 FLOP/s, of the data sheet
 
 LOW = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.conv1d,
        torch.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.mm, torch.Tensor.mm,
-       torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention}
+       torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention,
+       F.multi_head_attention_forward, torch._native_multi_head_attention}
 HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax,
         torch.Tensor.log_softmax, F.cross_entropy, F.softplus, torch.rsqrt, torch.Tensor.rsqrt, torch.pow, torch.Tensor.pow,
         torch.Tensor.__pow__, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log}      # of torch.autocast's lists, what models use

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import SiglipVisionConfig
 
 import cost
 import data
@@ -138,6 +139,15 @@ def test_flops_are_those_of_a_real_step(tune):
     assert found[0]["all"] == forward == sum(found[0][name] for name in ("encoder", "projector", "llm"))
     scores = 2 * B * T * T * 128 * 4                                                          # made again by fused attention: 4 layers
     assert found[1]["all"] - scores == counter.get_total_flops() - forward
+
+
+def test_siglip_in_low_precision(tmp_path):
+    """Its pooling head is torch's own multi-head attention, which autocast knows and the dry run must."""
+    settings = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=64)
+    SiglipVisionConfig(**settings).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(size=dict(height=64, width=64))))
+    model = PatchAlignedModel(config(vision=str(tmp_path)), torch.bfloat16, weights=False)
+    assert cost.count_flops(model, cost.Shape(2, 2, 40, 20), torch.bfloat16)[0]["encoder"] > 2 * 2 * 16 * 2 * (4 * 64**2 + 2 * 64 * 128)
 
 
 # ------------------------------------------------------------------------------------------------------ against what is published
