@@ -21,6 +21,7 @@ The one legend of symbols, used in all files:
     Y     target distribution of a patch over V (patch_ids, patch_weights: its K non-zero entries; all zero = unlabelled)
     tau   temperature of the patch loss
 """
+import contextlib
 import inspect
 import math
 import warnings
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
@@ -53,18 +54,19 @@ class PatchAlignedModel(nn.Module):
     projector makes one of), image_size (side, or [height, width], of the encoder's input; 0: what the image processor says), geometry
     (pad | crop | stretch), feature_layer (index into the encoder's hidden states), prompt, coverage, tau,
     patch_weight, patch_loss (softmax | cosine), centre_words (patch loss on W and H less the mean of W); after stage 2 also
-    tune (full | lora: what of the language model is trained) and, with lora, its rank, alpha, dropout and modules. Raises InputError
-    when a backbone cannot be loaded.
+    tune (full | lora: what of the language model is trained) and, with lora, its rank, alpha, dropout and modules. Without `weights`
+    no weight is read: all is on torch's meta device, with shapes and without numbers, and the tokenizer is None where there is none.
+    Raises InputError when a backbone cannot be loaded.
     """
 
-    def __init__(self, config: dict, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: dict, dtype: torch.dtype = torch.float32, weights: bool = True):
         super().__init__()
         vision, llm = find_model(config["vision"], "--vision"), find_model(config["llm"], "--llm")
-        loaded = load_backbone(AutoModel, vision, "--vision", dtype=dtype)
+        loaded = load_backbone(AutoModel, vision, "--vision", weights, dtype=dtype)
         self.encoder = getattr(loaded, "vision_model", loaded).requires_grad_(False)                # CLIP's, SigLIP's image half
-        self.llm = load_backbone(AutoModelForCausalLM, llm, "--llm", dtype=dtype).requires_grad_(False)
+        self.llm = load_backbone(AutoModelForCausalLM, llm, "--llm", weights, dtype=dtype).requires_grad_(False)
         self.llm.generation_config = GenerationConfig()         # transformers would fill up ours from the model's own, which may penalise
-        self.tokenizer = load_backbone(AutoTokenizer, llm, "--llm")
+        self.tokenizer = load_backbone(AutoTokenizer, llm, "--llm", weights)
 
         settings = self.encoder.config
         if not hasattr(settings, "patch_size") or not hasattr(settings, "num_hidden_layers"):
@@ -94,6 +96,8 @@ class PatchAlignedModel(nn.Module):
         self.words_centre = None                                                                     # mean of W, once it is needed
         if config.get("tune"):
             self.tune(config["tune"], config.get("lora"))
+        if not weights:
+            self.to("meta")
         self.train()
 
     def tune(self, what: str, lora: dict | None = None) -> None:
@@ -297,10 +301,19 @@ def located(name: str) -> str:
     return str(ROOT / name) if (ROOT / name / "config.json").is_file() else name
 
 
-def load_backbone(auto, name: str, flag: str, **options):
-    """`auto.from_pretrained` with a one-line error."""
+def load_backbone(auto, name: str, flag: str, weights: bool = True, **options):
+    """`auto.from_pretrained` with a one-line error; without `weights` a model on the meta device from its configuration alone, and None for
+    a tokenizer that is not there."""
     try:
-        return auto.from_pretrained(located(name), **options)
+        if weights:
+            return auto.from_pretrained(located(name), **options)
+        if auto is AutoTokenizer:
+            with contextlib.suppress(OSError, ValueError, ImportError):
+                tokenizer = auto.from_pretrained(located(name))
+                return tokenizer if tokenizer("a").input_ids else None        # some classes make an empty one out of nothing
+            return None
+        with torch.device("meta"):
+            return auto.from_config(AutoConfig.from_pretrained(located(name)), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{flag} {name}: {auto.__name__} cannot load it ({reason})") from None

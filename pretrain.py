@@ -4,6 +4,7 @@
     torchrun pretrain.py --patch-weight 0 --out runs/caption_only             # the baseline: same code, same data order
     torchrun --nproc_per_node 8 pretrain.py --vision openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 \\
              --data blip_laion_cc_sbu_558k.json --image-dir images --regions regions.jsonl
+    python pretrain.py @presets/llava-1.5-7b.pretrain.txt --dry-run           # what it would take, from configuration alone
 
 reads:  records (data.py), the two backbones (Hugging Face folders or hub names)
 writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl (a line per logged step)
@@ -18,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import cost
 import runtime
 import toy
 from data import GEOMETRIES, IGNORE, PROMPTS, InputError, StepSampler, collate
@@ -100,6 +102,8 @@ class Args:
     """go on from OUT/resume.pt"""
     overfit: bool = False
     """train on the first batch only, over and over: both losses must fall"""
+    dry_run: bool = False
+    """print parameters, FLOPs and memory from configuration alone, and write nothing"""
 
 
 CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
@@ -122,7 +126,7 @@ def check(args: Args) -> Args:
         for name in ("image_dir", "regions", "val_data"):
             if getattr(args, name):
                 raise InputError(f"--{name.replace('_', '-')} needs --data; without it the toy world is used")
-        folder = toy.ensure_once()
+        folder = toy.DATA if args.dry_run else toy.ensure_once()
         steps, batch_size = toy.PRETRAIN["steps"], toy.PRETRAIN["batch_size"]
         args = dataclasses.replace(
             args, data=str(folder / "train.jsonl"), val_data=str(folder / "val.jsonl"), image_dir=str(folder / "images"),
@@ -157,8 +161,20 @@ def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device,
 
 # ------------------------------------------------------------------------------------------------------------------------- main
 
+def dry_run(args: Args) -> None:
+    """Print what the run would take: see cost.py. Neither weights nor images are read, and nothing is written."""
+    if runtime.rank() == 0:
+        data, args = args.data, check(args)
+        model = PatchAlignedModel({name: getattr(args, name) for name in CONFIG}, cost.precision(args), weights=False)
+        cost.report(model, args, data, "pretrain")
+        print(f"nothing was written; next: {cost.command('pretrain.py')}")
+
+
 def main(args: Args) -> None:
     """Train and write the checkpoint."""
+    if args.dry_run:
+        return dry_run(args)
+
     # ---- set-up
     device = runtime.start(args.seed)
     dtype, rank, world = runtime.precision(device, args.dtype), runtime.rank(), runtime.world()

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -25,11 +26,18 @@ import torch.distributed as dist
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line for an error in place of the whole usage."""
+    """argparse, with one line for an error in place of the whole usage, and flag files: in place of @FILE come the words of FILE."""
 
     def error(self, message: str):
         """Print the line and exit with status 2."""
         self.exit(2, f"error: {message}; --help lists the flags\n")
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """A line of a flag file -> its words, as a shell splits them; from a # on it is a comment."""
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"flag file, line {line.strip()!r}: {str(error).lower()}")
 
 
 def parse(cls, doc: str, argv: list[str] | None = None):
@@ -41,7 +49,8 @@ def parse(cls, doc: str, argv: list[str] | None = None):
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     helps = {a.target.id: b.value.value for a, b in zip(body, body[1:])
              if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@",
+                    epilog="@FILE reads flags from a file, with # comments; flags after it win.")
     types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         text = helps.get(f.name, "")
@@ -58,7 +67,10 @@ def parse(cls, doc: str, argv: list[str] | None = None):
         else:
             options |= dict(type=types[f.name], choices=f.metadata.get("choices"))
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
-    return cls(**vars(parser.parse_args(argv)))
+    try:
+        return cls(**vars(parser.parse_args(argv)))
+    except UnicodeDecodeError:
+        parser.error("an @FILE is not UTF-8 text")
 
 
 def run(main, cls, doc: str, bad_input: type[Exception]) -> None:

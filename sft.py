@@ -4,6 +4,7 @@
     torchrun sft.py runs/pretrain/ckpt.pt --tune lora --merge                 # low-rank factors, merged into the weights at the end
     torchrun --nproc_per_node 8 sft.py runs/pretrain/ckpt.pt --shard --checkpointing \\
              --data llava_v1_5_mix665k.json --image-dir images                # a model that outgrows one GPU
+    WORLD_SIZE=8 python sft.py presets/llava-1.5-7b.pretrain.txt @presets/llava-1.5-7b.sft.txt --dry-run    # what it would take on 8 GPUs
 
 Encoder, projector and language model are those that the checkpoint names. The prompt and the geometry may change: LLaVA crops the images
 of stage 1 and pads those of stage 2. Records may have several turns, and no image.
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import cost
 import runtime
 import toy
 from data import GEOMETRIES, IGNORE, PROMPTS, InputError, StepSampler, collate
@@ -39,7 +41,7 @@ class Args:
     """Flags of sft.py. The recipe is LLaVA-1.5's stage 2; without --data, the toy world's own steps, batch and rates."""
 
     checkpoint: str = field(metadata={"positional": True})
-    """checkpoint of pretrain.py to start from"""
+    """checkpoint of pretrain.py to start from; with --dry-run also a .txt file of the flags that pretrain.py will get"""
     out: str = "runs/sft"
     """folder for ckpt.pt, resume.pt and metrics.jsonl"""
     data: str = ""
@@ -102,6 +104,8 @@ class Args:
     """go on from OUT/resume.pt"""
     overfit: bool = False
     """train on the first batch only, over and over: the loss must fall"""
+    dry_run: bool = False
+    """print parameters, FLOPs and memory from configuration alone, and write nothing"""
 
 
 FREE = {"checkpoint", "out", "resume", "micro_batch", "workers", "save_every", "keep_every", "log_every", "val_every", "shard",
@@ -132,7 +136,7 @@ def check(args: Args) -> Args:
         for name in ("image_dir", "val_data"):
             if getattr(args, name):
                 raise InputError(f"--{name.replace('_', '-')} needs --data; without it the toy world is used")
-        folder = toy.ensure_once()
+        folder = toy.DATA if args.dry_run else toy.ensure_once()
         args = dataclasses.replace(args, data=str(folder / "train_sft.jsonl"), val_data=str(folder / "val_sft.jsonl"),
                                    image_dir=str(folder / "images"))
         recipe = toy.SFT
@@ -142,11 +146,18 @@ def check(args: Args) -> Args:
 
 # ------------------------------------------------------------------------------------------------------------------------ model
 
+def check_stage(path: str) -> dict:
+    """The config of a pretraining checkpoint. InputError: a checkpoint of another stage."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint["stage"] != "pretrain":
+        raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from one that torchrun pretrain.py has"
+                         " written")
+    return checkpoint["config"]
+
+
 def inherit(args: Args, dtype: torch.dtype) -> PatchAlignedModel:
     """The model of a pretraining checkpoint, ready to be tuned. InputError: a checkpoint of another stage, or see `load_checkpoint`."""
-    stage = read_checkpoint(args.checkpoint)["stage"]
-    if stage != "pretrain":
-        raise InputError(f"{args.checkpoint}: a checkpoint of stage {stage}; sft.py starts from one that torchrun pretrain.py has written")
+    check_stage(args.checkpoint)
     model, checkpoint = load_checkpoint(args.checkpoint, dtype=dtype)
     config, metrics = checkpoint["config"], checkpoint["metrics"]
     reached = ", ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in metrics.items() if v is not None)
@@ -154,6 +165,11 @@ def inherit(args: Args, dtype: torch.dtype) -> PatchAlignedModel:
                 f"state {config['feature_layer']}) and {config['llm']}; patch loss {config['patch_loss']}, weight "
                 f"{config['patch_weight']:g}, tau {config['tau']:g}; {reached}. New here: prompt {args.prompt}, geometry {args.geometry}, "
                 f"tune {args.tune}")
+    return prepare(model, args)
+
+
+def prepare(model: PatchAlignedModel, args: Args) -> PatchAlignedModel:
+    """Give a model of stage 1 what stage 2 has of its own: prompt, geometry, and what is trained, in float32."""
     model.config |= dict(prompt=args.prompt, geometry=args.geometry)
     lora = dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout, modules=args.lora_modules)
     model.tune(args.tune, lora if args.tune == "lora" else None)
@@ -194,8 +210,32 @@ def validate(model: PatchAlignedModel, loader: DataLoader, count: int, device: t
 
 # ------------------------------------------------------------------------------------------------------------------------- main
 
+def dry_run(args: Args) -> None:
+    """Print what the run would take: see cost.py. Neither weights nor images are read, and nothing is written."""
+    if runtime.rank():
+        return
+    planned = args.checkpoint.endswith(".txt")
+    if planned:                                                                                      # stage 1 is still to come
+        from pretrain import CONFIG
+        from pretrain import Args as Pretrain
+
+        first = runtime.parse(Pretrain, "", [f"@{args.checkpoint}"])
+        config = {name: getattr(first, name) for name in CONFIG}
+    else:
+        config = check_stage(args.checkpoint)
+    data, args = args.data, check(args)
+    model = PatchAlignedModel(config, cost.precision(args), weights=False)
+    with torch.device("meta"):
+        prepare(model, args)
+    cost.report(model, args, data, "sft")
+    print(f"nothing was written; next: {f'torchrun pretrain.py @{args.checkpoint}' if planned else cost.command('sft.py')}")
+
+
 def main(args: Args) -> None:
     """Train and write the checkpoint."""
+    if args.dry_run:
+        return dry_run(args)
+
     # ---- set-up
     device = runtime.start(args.seed)
     dtype, rank, world = runtime.precision(device, args.dtype), runtime.rank(), runtime.world()

@@ -9,7 +9,9 @@ MAY_IMPORT = {
     "projector": set(), "kernels": set(), "backbones": set(), "data": set(), "runtime": set(),
     "model": {"projector", "kernels", "data"},
     "toy": {"data", "runtime", "backbones"}, "backbones/train": {"toy", "runtime"},      # behind toy.py --train-backbones alone
-    "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy"}, "sft": {"data", "runtime", "model", "toy"},
+    "cost": {"data", "runtime", "model", "kernels"},
+    "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy", "cost"},
+    "sft": {"data", "runtime", "model", "toy", "cost", "pretrain"},                      # pretrain: the flags of a stage 1 still to come
     "probe": {"data", "runtime", "model", "toy"}, "eval": {"data", "runtime", "model", "toy"},
     "results": set(), "reproduce": {"data", "runtime", "results"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
