@@ -1,7 +1,7 @@
 """What a stage will take, before a GPU is rented: parameters, tokens, FLOPs and memory, from configuration alone (--dry-run).
 
     python pretrain.py @presets/llava-1.5-7b.pretrain.txt --dry-run
-    WORLD_SIZE=8 python sft.py presets/llava-1.5-7b.pretrain.txt @presets/llava-1.5-7b.sft.txt --shard --checkpointing --dry-run
+    WORLD_SIZE=8 python sft.py runs/llava-1.5-7b/pretrain/plan.pt @presets/llava-1.5-7b.sft.txt --dry-run
 
 Nothing is estimated from the names of layers: one step is run, the stage's own `forward`, backward pass and optimizer, on torch's meta
 device, where tensors have shapes but no numbers and take no memory. So whatever encoder, projector or language model the stage takes,
@@ -45,7 +45,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
-from data import InputError, StepSampler, read_records, tokenize
+from data import InputError, StepSampler, read_records, sides, tokenize
 from kernels.patch_loss import FUSED_SCRATCH, run_sweep
 from model import LoRA
 
@@ -199,9 +199,9 @@ def meta_batch(model, shape: Shape) -> dict[str, torch.Tensor]:
     def integers(*size):
         return torch.empty(size, dtype=torch.int64, device="meta")
 
-    B, N, T, S, P = shape.samples, shape.images, shape.T, model.config["image_size"], model.grid[0] * model.grid[1]
+    B, N, T, P = shape.samples, shape.images, shape.T, model.grid[0] * model.grid[1]
     return dict(input_ids=integers(B, T), labels=integers(B, T), attention_mask=torch.empty(B, T, dtype=torch.bool, device="meta"),
-                pixel_values=torch.empty(N, 3, S, S, device="meta"), patch_ids=integers(N, P, TARGETS),
+                pixel_values=torch.empty(N, 3, *sides(model.config["image_size"]), device="meta"), patch_ids=integers(N, P, TARGETS),
                 patch_weights=torch.empty(N, P, TARGETS, device="meta"))
 
 

@@ -390,7 +390,8 @@ def embedding_scale(llm) -> float:
 def save_checkpoint(path: Path, model: PatchAlignedModel, stage: str, metrics: dict, state: dict | None = None) -> None:
     """Write {stage, config, model, metrics, version}: tensors and plain values only. `path` is the caller's temporary file; `state` what
     `trained_state` returned, where it has been called before."""
-    torch.save(dict(stage=stage, config=model.config, model=state or model.trained_state(), metrics=metrics, version=VERSION), path)
+    state = model.trained_state() if state is None else state
+    torch.save(dict(stage=stage, config=model.config, model=state, metrics=metrics, version=VERSION), path)
 
 
 def read_checkpoint(path) -> dict:

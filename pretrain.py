@@ -103,7 +103,7 @@ class Args:
     overfit: bool = False
     """train on the first batch only, over and over: both losses must fall"""
     dry_run: bool = False
-    """print parameters, FLOPs and memory from configuration alone, and write nothing"""
+    """print parameters, FLOPs and memory from configuration alone; write OUT/plan.pt, of which sft.py --dry-run does the same"""
 
 
 CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
@@ -162,12 +162,14 @@ def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device,
 # ------------------------------------------------------------------------------------------------------------------------- main
 
 def dry_run(args: Args) -> None:
-    """Print what the run would take: see cost.py. Neither weights nor images are read, and nothing is written."""
+    """Print what the run would take: see cost.py. Neither weights nor images are read; only the configuration is written."""
     if runtime.rank() == 0:
         data, args = args.data, check(args)
         model = PatchAlignedModel({name: getattr(args, name) for name in CONFIG}, cost.precision(args), weights=False)
+        with runtime.atomic(Path(args.out) / "plan.pt") as path:
+            save_checkpoint(path, model, "plan", {}, state={})
         cost.report(model, args, data, "pretrain")
-        print(f"nothing was written; next: {cost.command('pretrain.py')}")
+        print(f"wrote {Path(args.out) / 'plan.pt'}; next: {cost.command('pretrain.py')}")
 
 
 def main(args: Args) -> None:

@@ -4,7 +4,7 @@
     torchrun sft.py runs/pretrain/ckpt.pt --tune lora --merge                 # low-rank factors, merged into the weights at the end
     torchrun --nproc_per_node 8 sft.py runs/pretrain/ckpt.pt --shard --checkpointing \\
              --data llava_v1_5_mix665k.json --image-dir images                # a model that outgrows one GPU
-    WORLD_SIZE=8 python sft.py presets/llava-1.5-7b.pretrain.txt @presets/llava-1.5-7b.sft.txt --dry-run    # what it would take on 8 GPUs
+    WORLD_SIZE=8 python sft.py runs/llava-1.5-7b/pretrain/plan.pt @presets/llava-1.5-7b.sft.txt --dry-run   # what it would take on 8 GPUs
 
 Encoder, projector and language model are those that the checkpoint names. The prompt and the geometry may change: LLaVA crops the images
 of stage 1 and pads those of stage 2. Records may have several turns, and no image.
@@ -41,7 +41,7 @@ class Args:
     """Flags of sft.py. The recipe is LLaVA-1.5's stage 2; without --data, the toy world's own steps, batch and rates."""
 
     checkpoint: str = field(metadata={"positional": True})
-    """checkpoint of pretrain.py to start from; with --dry-run also a .txt file of the flags that pretrain.py will get"""
+    """checkpoint of pretrain.py to start from; with --dry-run also the plan.pt of pretrain.py --dry-run"""
     out: str = "runs/sft"
     """folder for ckpt.pt, resume.pt and metrics.jsonl"""
     data: str = ""
@@ -146,10 +146,10 @@ def check(args: Args) -> Args:
 
 # ------------------------------------------------------------------------------------------------------------------------ model
 
-def check_stage(path: str) -> dict:
-    """The config of a pretraining checkpoint. InputError: a checkpoint of another stage."""
+def check_stage(path: str, *more: str) -> dict:
+    """The config of a pretraining checkpoint, or of one of `more` stages. InputError: a checkpoint of another stage."""
     checkpoint = read_checkpoint(path)
-    if checkpoint["stage"] != "pretrain":
+    if checkpoint["stage"] not in ("pretrain", *more):
         raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from one that torchrun pretrain.py has"
                          " written")
     return checkpoint["config"]
@@ -214,21 +214,13 @@ def dry_run(args: Args) -> None:
     """Print what the run would take: see cost.py. Neither weights nor images are read, and nothing is written."""
     if runtime.rank():
         return
-    planned = args.checkpoint.endswith(".txt")
-    if planned:                                                                                      # stage 1 is still to come
-        from pretrain import CONFIG
-        from pretrain import Args as Pretrain
-
-        first = runtime.parse(Pretrain, "", [f"@{args.checkpoint}"])
-        config = {name: getattr(first, name) for name in CONFIG}
-    else:
-        config = check_stage(args.checkpoint)
+    config = check_stage(args.checkpoint, "plan")
     data, args = args.data, check(args)
     model = PatchAlignedModel(config, cost.precision(args), weights=False)
     with torch.device("meta"):
         prepare(model, args)
     cost.report(model, args, data, "sft")
-    print(f"nothing was written; next: {f'torchrun pretrain.py @{args.checkpoint}' if planned else cost.command('sft.py')}")
+    print(f"nothing was written; next: {cost.command('sft.py')}")
 
 
 def main(args: Args) -> None:

@@ -153,16 +153,16 @@ def test_siglip_in_low_precision(tmp_path):
 # ------------------------------------------------------------------------------------------------------ against what is published
 
 def test_llava_from_its_configuration_alone(llava, run, tmp_path):
-    """Parameters, tokens, batch and FLOPs of LLaVA-1.5-7B, from a shell; nothing is written; the last line is the command to run."""
-    flags = [f"@{llava}/flags.txt", "--micro-batch", 2, "--max-length", 640]
+    """Parameters, tokens, batch and FLOPs of LLaVA-1.5-7B, from a shell; the last line is the command to run."""
+    flags = [f"@{llava}/flags.txt", "--micro-batch", 2, "--max-length", 640, "--out", "plans"]
     done = run("pretrain.py", *flags, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("vision encoder            303,507,456           0", "20,979,712  20,979,712", "language model          6,738,415,616",
                  "word embeddings         131,072,000", "output head             131,072,000", "576 of the image (24x24), text 64",
                  "no --data given: text up to --max-length 640", "batch 256 = 1 processes x 128 x 2"):
         assert text in done.stdout, text
-    assert done.stdout.splitlines()[-1] == f"nothing was written; next: torchrun pretrain.py {shlex.join(map(str, flags))}"
-    assert not list(tmp_path.iterdir())
+    assert done.stdout.splitlines()[-1] == f"wrote plans/plan.pt; next: torchrun pretrain.py {shlex.join(map(str, flags))}"
+    assert [path.name for path in tmp_path.rglob("*")] == ["plans", "plan.pt"]
 
 
 @pytest.mark.parametrize("tune, checkpointing", [("", False), ("full", False), ("full", True), ("lora", False)])
@@ -188,17 +188,21 @@ def test_flops_follow_the_closed_formula(llava, tune, checkpointing):
 
 
 def test_stage_two_in_shards_before_stage_one_has_run(llava, run, tmp_path, monkeypatch):
-    """sft.py takes stage 1's flag file in place of its checkpoint; an eighth of the optimizer's 50 GiB per GPU."""
+    """sft.py takes stage 1's plan in place of its checkpoint; an eighth of the optimizer's 50 GiB per GPU."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    done = run("sft.py", llava / "flags.txt", f"@{ROOT}/presets/llava-1.5-7b.sft.txt", "--micro-batch", 1, "--max-length", 640, "--dry-run",
-               cwd=tmp_path)
+    assert run("pretrain.py", f"@{llava}/flags.txt", "--dry-run", "--out", tmp_path).returncode == 0
+    plan, preset = tmp_path / "plan.pt", f"@{ROOT}/presets/llava-1.5-7b.sft.txt"
+    done = run("sft.py", plan, preset, "--micro-batch", 1, "--max-length", 640, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     trained = 6_738_415_616 + 20_979_712
     assert re.search(rf"language model +6,738,415,616 +6,738,415,616\n(.*\n)+ +all +7,062,902,784 +{trained:,}\n", done.stdout), done.stdout
     for name, size in (("weights, trained, float32", trained / 2), ("gradients", trained / 2), ("AdamW's two moments", trained)):
         assert re.search(rf"{name} +{size / 2**30:.3f}\n", done.stdout), name
     assert "batch 128 = 8 processes x 16 x 1, in shards, activations recomputed" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith(f"next: torchrun pretrain.py @{llava}/flags.txt") and not list(tmp_path.iterdir())
+    assert done.stdout.splitlines()[-1].startswith("nothing was written; next: torchrun --nproc_per_node 8 sft.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.pt"]
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "plan.pt: a checkpoint of stage plan" in run("sft.py", plan, "--steps", 0, "--out", tmp_path / "sft").stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ tokens and flag files

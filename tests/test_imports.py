@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "toy": {"data", "runtime", "backbones"}, "backbones/train": {"toy", "runtime"},      # behind toy.py --train-backbones alone
     "cost": {"data", "runtime", "model", "kernels"},
     "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy", "cost"},
-    "sft": {"data", "runtime", "model", "toy", "cost", "pretrain"},                      # pretrain: the flags of a stage 1 still to come
+    "sft": {"data", "runtime", "model", "toy", "cost"},
     "probe": {"data", "runtime", "model", "toy"}, "eval": {"data", "runtime", "model", "toy"},
     "results": set(), "reproduce": {"data", "runtime", "results"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
