@@ -25,9 +25,9 @@ T tokens, a part with N weights in its linear maps and L layers of attention of 
 The backward pass of fused attention makes the scores again: five products to the forward pass's two. The patch loss takes two products,
 4 n V D for n patches, both in its forward pass (kernels/patch_loss.py).
 
-What a GPU does otherwise than the meta device is put in its place: automatic mixed precision, memory-efficient attention (with the mask of
-a padded batch), the fused patch loss's working memory. Not counted: what CUDA and its libraries take (about 0.5 to 1 GiB), fragments of
-the allocator, and processes' buffers for messages. Sharding is not run: see `sharded`.
+What a GPU does otherwise than the meta device is put in its place: automatic mixed precision, memory-efficient attention, the fused patch
+loss's working memory. Not counted: what CUDA and its libraries take (about 0.5 to 1 GiB), fragments of the allocator, and processes'
+buffers for messages. Sharding is not run: see `sharded`.
 """
 import contextlib
 import itertools
@@ -65,16 +65,15 @@ HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softm
 
 
 class Shapes(TorchFunctionMode):
-    """Runs code that was written for numbers on tensors that have none.
+    """Runs on tensors without numbers what was written for a GPU.
 
     dtype       of the matrix products: torch.autocast's rules, which the meta device lacks; float32: none
-    first       the one number that forward asks for, where the first answer begins; all that it looks for in masks is there
     copies      the low-precision copies of trained weights, which autocast keeps while it is on: {id: (weight, copy)}
     """
 
-    def __init__(self, dtype: torch.dtype, first: int):
+    def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.first, self.copies = dtype, first, {}
+        self.dtype, self.copies = dtype, {}
 
     def __exit__(self, *error):
         self.copies = {}
@@ -82,12 +81,8 @@ class Shapes(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.Tensor.__bool__:                  # "do the places not fit", "is the mask without padding": no
+        if function is torch.Tensor.__bool__:                  # what an encoder asks of its mask: "is there padding?"
             return False
-        if function is torch.Tensor.__int__:
-            return self.first
-        if function is torch.Tensor.nonzero:
-            return torch.arange(len(args[0]), device="meta")[:, None]
         if self.dtype != torch.float32 and (function in LOW or function in HIGH):
             args, kwargs = tree_map(self.low if function in LOW else high, (args, kwargs))
         if function is F.scaled_dot_product_attention:
@@ -111,7 +106,7 @@ def high(x):
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """F.scaled_dot_product_attention as a GPU runs it where there is a mask: never the (T, T) scores of all heads in memory."""
+    """F.scaled_dot_product_attention as a GPU runs it: never the (T, T) scores of all heads in memory."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
     if attn_mask is not None:
@@ -200,7 +195,7 @@ def meta_batch(model, shape: Shape) -> dict[str, torch.Tensor]:
         return torch.empty(size, dtype=torch.int64, device="meta")
 
     B, N, T, P = shape.samples, shape.images, shape.T, model.grid[0] * model.grid[1]
-    return dict(input_ids=integers(B, T), labels=integers(B, T), attention_mask=torch.empty(B, T, dtype=torch.bool, device="meta"),
+    return dict(input_ids=integers(B, T), labels=integers(B, T), places=integers(N * P), first_label=shape.first,
                 pixel_values=torch.empty(N, 3, *sides(model.config["image_size"]), device="meta"), patch_ids=integers(N, P, TARGETS),
                 patch_weights=torch.empty(N, P, TARGETS, device="meta"))
 
@@ -208,10 +203,10 @@ def meta_batch(model, shape: Shape) -> dict[str, torch.Tensor]:
 def forward_backward(model, shape: Shape, dtype: torch.dtype, checkpointing: bool, watch, between=lambda: None) -> dict[str, int]:
     """Run a forward and a backward pass over one batch, with `watch` (a Live or a FlopCounterMode) watching and `between` called between
     them -> {saved: bytes of activations kept for the backward pass, copies: bytes of weights kept in `dtype` beside them}."""
-    shapes = Shapes(dtype, shape.first)
+    shapes = Shapes(dtype)
     if checkpointing:                                                    # what is run again needs the same rules, and copies of its own
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(
-            use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Shapes(dtype, shape.first))))
+            use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Shapes(dtype))))
     with mock.patch("model.patch_loss", patch_loss_shapes), watch:
         batch = meta_batch(model, shape)
         with saved_for_backward(model) as saved:

@@ -624,8 +624,8 @@ class Records(torch.utils.data.Dataset):
     image_dir: folder of the records' images; image_size: side of the encoder's input, or its (height, width); resample: see
     `transform_image`; grid: (rows, columns) of the patches after the projector; coverage: threshold of `patch_words`; source:
     the file's name, for messages.
-    A sample: id, pixel_values (3, height, width), input_ids and labels (lists), patch_ids and patch_weights (P, K); the tensors
-    are None without an image.
+    A sample: id, image_size (width, height of the original), pixel_values (3, height, width), input_ids and labels (lists),
+    patch_ids and patch_weights (P, K); without an image its size and the tensors are None.
     """
 
     def __init__(self, records, image_dir, tokenizer, *, image_size, geometry, grid, mean, std, resample=Image.Resampling.BICUBIC,
@@ -680,17 +680,24 @@ class Records(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         record, where = self.records[index], self._where(index)
-        pixel_values = patch_ids = patch_weights = None
-        if record.get("image") is not None:
-            image = open_image(image_path(record, self.image_dir, where), where)
-            pixel_values = transform_image(image, *self.image_form)
-            words = patch_words(record.get("regions") or [], image.size, self.geometry, self.grid, self.coverage, where, self.aspect)
+        if record.get("image") is None:
+            return self.sample(index)
+        image = open_image(image_path(record, self.image_dir, where), where)
+        return self.sample(index, image.size, transform_image(image, *self.image_form))
+
+    def sample(self, index, image_size=None, pixel_values=None):
+        """The sample of a record, given what needs its image decoded: the image's (width, height), None without one, and its pixels,
+        None where features.py has their features."""
+        record, where = self.records[index], self._where(index)
+        image_tokens, patch_ids, patch_weights = 0, None, None
+        if image_size is not None:
+            words = patch_words(record.get("regions") or [], image_size, self.geometry, self.grid, self.coverage, where, self.aspect)
             patch_ids, patch_weights = patch_targets(words, self._lookup)
-        image_tokens = 0 if pixel_values is None else self.grid[0] * self.grid[1]
+            image_tokens = self.grid[0] * self.grid[1]
         input_ids, labels = tokenize(record["conversations"], self.tokenizer, self.prompt, image_tokens, self.max_length, where)
         return {
-            "id": str(record.get("id", index)), "pixel_values": pixel_values, "input_ids": input_ids, "labels": labels,
-            "patch_ids": patch_ids, "patch_weights": patch_weights,
+            "id": str(record.get("id", index)), "image_size": image_size, "pixel_values": pixel_values, "input_ids": input_ids,
+            "labels": labels, "patch_ids": patch_ids, "patch_weights": patch_weights,
         }
 
 
@@ -699,6 +706,8 @@ def collate(samples, pad_id):
 
     ids list of B; input_ids, labels (B, T) int64; attention_mask (B, T) bool; for the N samples with an image, in
     order: pixel_values (N, 3, height, width), patch_ids (N, P, K) int64, patch_weights (N, P, K). Without any image N = 0.
+    Read off here, on the host, so that a step need not wait for a GPU to tell: places (N P,), where input_ids.flatten() holds
+    IMAGE_TOKEN, and first_label, the first position from 1 on at which any sample has a label.
     """
     def pad_text(rows, value):
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], True, value)
@@ -707,13 +716,18 @@ def collate(samples, pad_id):
         longest = max(sample[key].shape[1] for sample in images)
         return torch.stack([torch.nn.functional.pad(sample[key], (0, longest - sample[key].shape[1])) for sample in images])
 
-    images = [sample for sample in samples if sample["pixel_values"] is not None]
+    images = [sample for sample in samples if sample["image_size"] is not None]
+    pixels = [sample["pixel_values"] for sample in images if sample["pixel_values"] is not None]
+    input_ids = pad_text([sample["input_ids"] for sample in samples], pad_id)
+    labels = pad_text([sample["labels"] for sample in samples], IGNORE)
     return {
         "ids": [sample["id"] for sample in samples],
-        "input_ids": pad_text([sample["input_ids"] for sample in samples], pad_id),
+        "input_ids": input_ids,
         "attention_mask": pad_text([[1] * len(sample["input_ids"]) for sample in samples], 0).bool(),
-        "labels": pad_text([sample["labels"] for sample in samples], IGNORE),
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in images]) if images else torch.empty(0, 3, 0, 0),
+        "labels": labels,
+        "places": (input_ids.flatten() == IMAGE_TOKEN).nonzero().squeeze(1),
+        "first_label": max(1, int((labels != IGNORE).any(0).int().argmax())),
+        "pixel_values": torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0),
         "patch_ids": pad_patches("patch_ids") if images else torch.empty(0, 0, 1, dtype=torch.int64),
         "patch_weights": pad_patches("patch_weights") if images else torch.empty(0, 0, 1),
     }

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, masking_utils
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
@@ -172,33 +172,39 @@ class PatchAlignedModel(nn.Module):
         height, width = sides(self.config["image_size"])
         return width / height
 
-    def splice(self, input_ids: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (B, T, D) with the rows of H (N, P, D), image by image, in the places of IMAGE_TOKEN."""
-        places = input_ids == IMAGE_TOKEN                                                            # (B, T)
-        if places.sum() != H.shape[0] * H.shape[1]:
-            raise InputError(f"{int(places.sum())} image places in the text for {H.shape[0]} x {H.shape[1]} projected patches")
-        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(places, 0))               # (B, T, D)
-        return embeddings.masked_scatter(places[..., None], H.to(embeddings.dtype))
+    def splice(self, input_ids: torch.Tensor, H: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings (B, T, D) with the rows of H (N, P, D), image by image, in the places of IMAGE_TOKEN: (N P,), indices into
+        the flat ids, which are looked up if they are not given."""
+        if places is None:
+            places = (input_ids.flatten() == IMAGE_TOKEN).nonzero().squeeze(1)                       # on a GPU the host waits for this
+        if len(places) != H.shape[0] * H.shape[1]:
+            raise InputError(f"{len(places)} image places in the text for {H.shape[0]} x {H.shape[1]} projected patches")
+        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(input_ids == IMAGE_TOKEN, 0))           # (B, T, D)
+        return embeddings.flatten(0, 1).index_copy(0, places, H.flatten(0, 1).to(embeddings.dtype)).view_as(embeddings)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Sums and counts of the losses over a batch from `data.collate`: divide once, after adding up batches and ranks.
 
         -> {caption_loss, caption_tokens: over all that the assistant says}, and in stage 1 {patch_loss, patches}. With patch_weight 0
-        the patch loss is measured but gives no gradient.
+        the patch loss is measured but gives no gradient. "features" (N, P_v, D_v), where the batch has them, are Z (features.py).
+
+        Nothing here waits for a GPU: the loss of a step is not read, and what the host must know, `collate` has read off. Padding stands
+        on the right, where no label is and no causal attention looks back from, so the language model needs no mask, and without
+        one takes its fastest attention.
         """
-        config, pixels = self.config, batch["pixel_values"]
-        if len(pixels):
-            Z = self.encode(pixels)                                                                  # (N, P_v, D_v)
-        else:                                                                                        # text alone: any image, taken 0 times,
+        config, images = self.config, len(batch["patch_ids"])                                        # images: N
+        if not images:                                                                               # text alone: any image, taken 0 times,
             Z = torch.zeros(1, self.encoder_patches, self.encoder.config.hidden_size, device=self.device)    # gives a gradient of 0
+        else:
+            Z = batch["features"] if "features" in batch else self.encode(batch["pixel_values"])     # (N, P_v, D_v)
         H = self.projector(Z)                                                                        # (N, P, D)
-        X = self.splice(batch["input_ids"], H[: len(pixels)])                                        # (B, T, D)
+        X = self.splice(batch["input_ids"], H[:images], batch.get("places"))                         # (B, T, D)
         X = X + 0 * H.sum().to(X.dtype)
 
-        labels = batch["labels"]                                                                     # (B, T)
-        first = max(1, int((labels != IGNORE).any(0).nonzero()[0]))                                  # no label before this position
+        labels, first = batch["labels"], batch.get("first_label", 1)                                 # (B, T); no label before `first`
         keep = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)                    # token t is predicted at t - 1
-        logits = self.llm(inputs_embeds=X, attention_mask=batch["attention_mask"], logits_to_keep=keep, use_cache=False).logits
+        with never_packed():
+            logits = self.llm(inputs_embeds=X, logits_to_keep=keep, use_cache=False).logits
         targets = labels[:, first:]                                                                  # (B, T - first)
         caption = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         sums = dict(caption_loss=caption, caption_tokens=(targets != IGNORE).sum())
@@ -233,6 +239,18 @@ class PatchAlignedModel(nn.Module):
                                   eos_token_id=end_ids(self.tokenizer, self.config["prompt"]))
         answers = self.llm.generate(inputs_embeds=self.splice(ids, H), attention_mask=mask, generation_config=greedy)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+@contextlib.contextmanager
+def never_packed():
+    """Samples of ours are never packed into one row. Without a mask transformers looks for that in the positions, and the host waits for
+    the GPU's answer in every forward pass; here it does not look."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 # ------------------------------------------------------------------------------------------------------------------------- LoRA

@@ -7,11 +7,11 @@
     python pretrain.py @presets/llava-1.5-7b.pretrain.txt --dry-run           # what it would take, from configuration alone
 
 reads:  records (data.py), the two backbones (Hugging Face folders or hub names)
-writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl (a line per logged step)
+writes: OUT/ckpt.pt (the projector), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl (a line per logged step);
+        with --cache-features DIR the encoder's features to DIR (features.py)
 """
 import dataclasses
 import functools
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import cost
 import runtime
 import toy
 from data import GEOMETRIES, IGNORE, PROMPTS, InputError, StepSampler, collate
+from features import FeatureCache
 from kernels.patch_loss import default_impl, patch_loss
 from model import PatchAlignedModel, load_trained, save_checkpoint
 from projector import PROJECTORS
@@ -96,6 +97,8 @@ class Args:
     """of the frozen backbones and the matrix products; auto: bfloat16 on a GPU that has it, else float32"""
     workers: int = -1
     """data loading processes per rank; -1: 4 on a GPU, 0 on a CPU"""
+    cache_features: str = ""
+    """folder that keeps the encoder's features, so that later epochs and runs need neither images nor encoder; none: nothing is kept"""
     seed: int = 0
     """of the projector's initial values and of the data order"""
     resume: bool = False
@@ -108,7 +111,7 @@ class Args:
 
 CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt", "coverage", "tau", "patch_weight",
           "patch_loss", "centre_words")                        # the flags that a checkpoint remembers: later stages need none of them
-FREE = {"out", "resume", "micro_batch", "workers", "save_every", "log_every", "val_every"}                        # these change no result
+FREE = {"out", "resume", "micro_batch", "workers", "cache_features", "save_every", "log_every", "val_every"}      # these change no result
 
 
 def check(args: Args) -> Args:
@@ -147,14 +150,17 @@ def check_temperature(args: Args, model: PatchAlignedModel) -> None:
 # ------------------------------------------------------------------------------------------------------------------- validation
 
 @torch.inference_mode()
-def validate(model: PatchAlignedModel, loader: DataLoader, device: torch.device, autocast) -> dict:
+def validate(model: PatchAlignedModel, loader: DataLoader, cache: FeatureCache | None, device: torch.device, autocast) -> dict:
     """Mean caption loss per token and patch loss per labelled patch over the validation records, nats."""
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in loader:
         with autocast:
-            sums = model(runtime.to_device(batch, device))
-        totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens", "patch_loss", "patches")])
-    runtime.all_sum([totals := totals.to(device)])
+            batch = runtime.to_device(batch, device)
+            sums = model(cache.complete(model, batch) if cache else batch)
+        totals += torch.stack([sums[k].double() for k in ("caption_loss", "caption_tokens", "patch_loss", "patches")])
+    if cache:
+        cache.flush()
+    runtime.all_sum([totals])
     caption, tokens, patch, patches = totals.tolist()
     return dict(val_caption_loss=runtime.mean(caption, tokens), val_patch_loss=runtime.mean(patch, patches))
 
@@ -190,16 +196,19 @@ def main(args: Args) -> None:
 
     # ---- data: which records each step takes is a function of the step alone, so resuming needs no loader state
     dataset = model.records(args.data, args.image_dir, args.regions, args.max_length)
-    batched = functools.partial(collate, pad_id=model.pad_id)
+    cache = FeatureCache(args.cache_features, model, dataset) if args.cache_features else None
+    batched = functools.partial(cache.collate if cache else collate, pad_id=model.pad_id)
     sampler = StepSampler(len(dataset), args.batch_size, args.seed, rank, world)
     steps = args.steps if args.steps >= 0 else max(1, len(dataset) // args.batch_size)
     share = args.batch_size // world
     micro = min(args.micro_batch or share, share)
-    validation = None
+    validation = kept = None
     if args.val_data:
         held_out = model.records(args.val_data, args.image_dir, max_length=args.max_length)
         own = list(range(rank, len(held_out), world))
-        validation = runtime.loader(held_out, [own[i: i + micro] for i in range(0, len(own), micro)], batched, args.workers, device)
+        kept = FeatureCache(args.cache_features, model, held_out) if args.cache_features else None
+        validation = runtime.loader(kept or held_out, [own[i: i + micro] for i in range(0, len(own), micro)],
+                                    functools.partial(kept.collate if kept else collate, pad_id=model.pad_id), args.workers, device)
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -214,7 +223,7 @@ def main(args: Args) -> None:
     metrics = runtime.Metrics(out / "metrics.jsonl", first)
     shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
     index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
-    batches = iter(runtime.loader(dataset, index_lists, batched, args.workers, device))
+    batches = iter(runtime.loader(cache or dataset, index_lists, batched, args.workers, device))
     annotated = sum(bool(r.get("regions")) for r in dataset.records)
     implementation = default_impl(model.word_embeddings) if args.patch_loss == "softmax" else "plain torch"
     runtime.log(f"{len(dataset)} records, {annotated} with regions; "
@@ -224,47 +233,55 @@ def main(args: Args) -> None:
                 f"patch loss {args.patch_loss} ({implementation}), weight {args.patch_weight:g}, tau {args.tau:g}")
 
     # ---- loop
-    val_every, result, began = args.val_every or max(1, steps // 5), {}, time.time()
+    val_every, result, clock = args.val_every or max(1, steps // 5), {}, runtime.Clock(device, first)
     progress = tqdm(range(first, steps), desc="pretrain", initial=first, total=steps, disable=rank > 0, mininterval=1)
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * runtime.cosine(step, steps, int(args.warmup * steps))
 
-        # Losses are sums, divided by the true counts of the global batch, which the labels tell before the first forward pass.
-        accumulated = [next(batches) for _ in range(0, share, micro)]
+        # Losses are sums, divided by the true counts of the global batch, which the labels tell before the first forward pass. Here and
+        # below nothing that lies on a GPU is read, but in steps that are logged: the host prepares the next step while the GPU is at this.
+        with clock("data"):
+            accumulated = [next(batches) for _ in range(0, share, micro)]
         counts = torch.tensor([sum(int((b["labels"] != IGNORE).sum()) for b in accumulated),
-                               sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated)], dtype=torch.float64, device=device)
+                               sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated)], dtype=torch.float64)
+        counts = counts.to(device, non_blocking=True) if world > 1 else counts
         runtime.all_sum([counts])
-        tokens, patches = counts.tolist()
+        tokens, patches = counts.float().clamp_min(1)
         totals = torch.zeros(2, dtype=torch.float32, device=device)                                  # caption, patch: sums
         weight = args.patch_weight * (1 - step / steps if args.patch_schedule == "decay" else 1)
-        for batch in accumulated:
-            with autocast:
-                sums = model(runtime.to_device(batch, device))
-            loss = sums["caption_loss"] / tokens + weight * sums["patch_loss"] / max(patches, 1)
-            loss.backward()
-            totals += torch.stack([sums["caption_loss"].detach(), sums["patch_loss"].detach()])
-        runtime.all_sum([p.grad for p in parameters] + [totals])                                     # sums, not means: counts are global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with clock("model"):
+            for batch in accumulated:
+                with autocast:
+                    batch = runtime.to_device(batch, device)
+                    sums = model(cache.complete(model, batch) if cache else batch)
+                loss = sums["caption_loss"] / tokens + weight * sums["patch_loss"] / patches
+                loss.backward()
+                totals += torch.stack([sums["caption_loss"].detach(), sums["patch_loss"].detach()])
+            runtime.all_sum([p.grad for p in parameters] + [totals])                                 # sums, not means: counts are global
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
-            caption, patch = runtime.mean(totals[0].item(), tokens), runtime.mean(totals[1].item(), patches)
+            caption, patch = (runtime.mean(total, count) for total, count in zip(totals.tolist(), counts.tolist()))
             metrics.write(done, caption_loss=caption, patch_loss=patch, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
-                          samples_per_second=(done - first) * args.batch_size / (time.time() - began))
+                          **clock.read(done, args.batch_size), **({"cache_hits": cache.share()} if cache else {}))
             progress.set_postfix(caption=caption, patch=patch)
         if validation is not None and (done % val_every == 0 or done == steps):
-            result = validate(model, validation, device, autocast)
+            with clock("validation"):
+                result = validate(model, validation, kept, device, autocast)
             metrics.write(done, **result)
             runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
         if done % args.save_every == 0 or done == steps:
             runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(), optimizer=optimizer.state_dict())
 
     # ---- save
+    if cache:
+        cache.flush()
     if validation is not None and not result:
-        result = validate(model, validation, device, autocast)
+        result = validate(model, validation, kept, device, autocast)
     if rank == 0:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, model, "pretrain", dict(result, steps=steps))

@@ -148,7 +148,8 @@ def loader(dataset, index_lists, collate, workers: int, device: torch.device) ->
     """Batches of the given lists of record indices, in order; `workers` -1: 4 processes on a GPU, none on a CPU."""
     workers = workers if workers >= 0 else 4 if device.type == "cuda" else 0
     return torch.utils.data.DataLoader(dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=workers,
-                                       pin_memory=device.type == "cuda", generator=torch.Generator())   # torch's own is dropout's alone
+                                       pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                                       generator=torch.Generator())      # torch's own is dropout's alone
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -159,6 +160,46 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def mean(total: float, count: float) -> float | None:
     """Their quotient; None, not a perfect loss of 0, where nothing was counted."""
     return total / count if count else None
+
+
+class Clock:
+    """Samples per second, and which shares of the time between two logged steps pass outside the model; the host never waits for it.
+
+        with clock("data"): the loop waits for batches; with clock("model"): forward, backward and update; with clock("validation"): not
+        counted at all. On a GPU the host only starts what is in "model", so the GPU's own clock measures it.
+    """
+
+    def __init__(self, device: torch.device, step: int):
+        self.cuda, self.step = device.type == "cuda", step
+        self._restart()
+
+    def _restart(self) -> None:
+        self.began, self.seconds, self.events = time.perf_counter(), dict(data=0.0, model=0.0, validation=0.0), []
+
+    @contextlib.contextmanager
+    def __call__(self, part: str):
+        began = time.perf_counter()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.cuda and part == "model" else []
+        for event in events[:1]:
+            event.record()
+        yield
+        for event in events[1:]:
+            event.record()
+            self.events.append(events)
+        self.seconds[part] += time.perf_counter() - began
+
+    def read(self, step: int, batch_size: int) -> dict[str, float]:
+        """{samples_per_second, waiting: share of the time for data, outside: share outside the model} since the last call."""
+        model = self.seconds["model"]
+        if self.events:
+            self.events[-1][1].synchronize()
+            model = sum(start.elapsed_time(end) for start, end in self.events) / 1000
+        total = time.perf_counter() - self.began - self.seconds["validation"]
+        result = dict(samples_per_second=(step - self.step) * batch_size / total, waiting=self.seconds["data"] / total,
+                      outside=max(0.0, 1 - model / total))
+        self.step = step
+        self._restart()
+        return result
 
 
 # --------------------------------------------------------------------------------------------------------------------- schedule

@@ -11,11 +11,10 @@ of stage 1 and pads those of stage 2. Records may have several turns, and no ima
 
 reads:  a checkpoint of pretrain.py, records (data.py)
 writes: OUT/ckpt.pt (projector and language model, or its LoRA factors), OUT/resume.pt (training state, for --resume), OUT/metrics.jsonl;
-        with --keep-every N also OUT/ckpt-N.pt, OUT/ckpt-2N.pt, ...
+        with --keep-every N also OUT/ckpt-N.pt, OUT/ckpt-2N.pt, ...; with --cache-features DIR the encoder's features to DIR (features.py)
 """
 import dataclasses
 import functools
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import cost
 import runtime
 import toy
 from data import GEOMETRIES, IGNORE, PROMPTS, InputError, StepSampler, collate
+from features import FeatureCache
 from model import PatchAlignedModel, load_checkpoint, load_trained, merge_lora, read_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------------- Args
@@ -98,6 +98,8 @@ class Args:
     """of the frozen weights and the matrix products; auto: bfloat16 on a GPU that has it, else float32"""
     workers: int = -1
     """data loading processes per rank; -1: 4 on a GPU, 0 on a CPU"""
+    cache_features: str = ""
+    """folder that keeps the encoder's features, so that later epochs and runs need neither images nor encoder; none: nothing is kept"""
     seed: int = 0
     """of the data order, of LoRA's initial values and dropout"""
     resume: bool = False
@@ -108,8 +110,8 @@ class Args:
     """print parameters, FLOPs and memory from configuration alone, and write nothing"""
 
 
-FREE = {"checkpoint", "out", "resume", "micro_batch", "workers", "save_every", "keep_every", "log_every", "val_every", "shard",
-        "checkpointing", "merge"}
+FREE = {"checkpoint", "out", "resume", "micro_batch", "workers", "cache_features", "save_every", "keep_every", "log_every", "val_every",
+        "shard", "checkpointing", "merge"}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -194,16 +196,19 @@ def shard(model: PatchAlignedModel, device: torch.device, dtype: torch.dtype) ->
 # ------------------------------------------------------------------------------------------------------------------- validation
 
 @torch.no_grad()
-def validate(model: PatchAlignedModel, loader: DataLoader, count: int, device: torch.device, autocast) -> dict:
+def validate(model: PatchAlignedModel, loader: DataLoader, count: int, cache: FeatureCache | None, device: torch.device, autocast) -> dict:
     """Mean loss per token of the answers over the validation records, nats. Batches from `count` on only keep this process in step."""
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     for i, batch in enumerate(loader):
         with autocast:
-            sums = model(runtime.to_device(batch, device))
+            batch = runtime.to_device(batch, device)
+            sums = model(cache.complete(model, batch) if cache else batch)
         if i < count:
-            totals += torch.stack([sums[k].double().cpu() for k in ("caption_loss", "caption_tokens")])
-    runtime.all_sum([totals := totals.to(device)])
+            totals += torch.stack([sums[k].double() for k in ("caption_loss", "caption_tokens")])
+    if cache:
+        cache.flush()
+    runtime.all_sum([totals])
     model.train()
     return dict(val_loss=runtime.mean(*totals.tolist()))
 
@@ -252,21 +257,24 @@ def main(args: Args) -> None:
 
     # ---- data: which records each step takes is a function of the step alone, so resuming needs no loader state
     dataset = model.records(args.data, args.image_dir, max_length=args.max_length, require_image=False)
-    batched = functools.partial(collate, pad_id=model.pad_id)
+    cache = FeatureCache(args.cache_features, model, dataset) if args.cache_features else None
+    batched = functools.partial(cache.collate if cache else collate, pad_id=model.pad_id)
     sampler = StepSampler(len(dataset), args.batch_size, args.seed, rank, world)
     steps = args.steps if args.steps >= 0 else max(1, len(dataset) // args.batch_size)
     share = args.batch_size // world
     micro = min(args.micro_batch or share, share)
-    validation = None
+    validation = kept = None
     if args.val_data:
         held_out = model.records(args.val_data, args.image_dir, max_length=args.max_length, require_image=False)
         own = list(range(rank, len(held_out), world))
         index_lists = [own[i: i + micro] for i in range(0, -(-len(held_out) // world), micro)]       # shards are gathered together, so
         counted = sum(map(bool, index_lists))                                                        # every rank has as many batches
-        validation = runtime.loader(held_out, [indices or [0] for indices in index_lists], batched, args.workers, device)
+        kept = FeatureCache(args.cache_features, model, held_out) if args.cache_features else None
+        validation = runtime.loader(kept or held_out, [indices or [0] for indices in index_lists],
+                                    functools.partial(kept.collate if kept else collate, pad_id=model.pad_id), args.workers, device)
     shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
     index_lists = [own[i: i + micro] for own in shares for i in range(0, share, micro)]
-    batches = iter(runtime.loader(dataset, index_lists, batched, args.workers, device))
+    batches = iter(runtime.loader(cache or dataset, index_lists, batched, args.workers, device))
 
     # ---- optimizer: one group per learning rate
     optimizer = torch.optim.AdamW([dict(params=projector, peak=args.projector_lr), dict(params=rest, peak=args.lr)], weight_decay=0.0)
@@ -283,38 +291,44 @@ def main(args: Args) -> None:
                 f"{args.lr:g} and {args.projector_lr:g} (projector); {device.type}, {str(dtype).removeprefix('torch.')}")
 
     # ---- loop
-    val_every, result, began = args.val_every or max(1, steps // 5), {}, time.time()
+    val_every, result, clock = args.val_every or max(1, steps // 5), {}, runtime.Clock(device, first)
     progress = tqdm(range(first, steps), desc="sft", initial=first, total=steps, disable=rank > 0, mininterval=1)
     for step in progress:
         torch.manual_seed(hash((args.seed, step, rank)))                                             # dropout needs no state to resume
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * runtime.cosine(step, steps, int(args.warmup * steps))
 
-        # The loss is a sum, divided by the true count of the global batch, which the labels tell before the first forward pass.
-        accumulated = [next(batches) for _ in range(0, share, micro)]
-        count = torch.tensor(sum(int((b["labels"] != IGNORE).sum()) for b in accumulated), dtype=torch.float64, device=device)
+        # The loss is a sum, divided by the true count of the global batch, which the labels tell before the first forward pass. Here and
+        # below nothing that lies on a GPU is read, but in steps that are logged: the host prepares the next step while the GPU is at this.
+        with clock("data"):
+            accumulated = [next(batches) for _ in range(0, share, micro)]
+        count = torch.tensor(sum(int((b["labels"] != IGNORE).sum()) for b in accumulated), dtype=torch.float64)
+        count = count.to(device, non_blocking=True) if world > 1 else count
         runtime.all_sum([count])
         total = torch.zeros((), dtype=torch.float32, device=device)
-        for batch in accumulated:
-            with autocast:
-                loss = model(runtime.to_device(batch, device))["caption_loss"]
-            (loss * (world if args.shard else 1) / count.float()).backward()                         # FSDP averages over the processes
-            total += loss.detach()
-        gradients = [] if args.shard else [p.grad for p in parameters if p.grad is not None]         # FSDP's are reduced
-        runtime.all_sum([*gradients, total])                                                         # sums, not means: the count is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with clock("model"):
+            for batch in accumulated:
+                with autocast:
+                    batch = runtime.to_device(batch, device)
+                    loss = model(cache.complete(model, batch) if cache else batch)["caption_loss"]
+                (loss * (world if args.shard else 1) / count.float()).backward()                     # FSDP averages over the processes
+                total += loss.detach()
+            gradients = [] if args.shard else [p.grad for p in parameters if p.grad is not None]     # FSDP's are reduced
+            runtime.all_sum([*gradients, total])                                                     # sums, not means: the count is global
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             loss = runtime.mean(total.item(), count.item())
             metrics.write(done, loss=loss, lr=optimizer.param_groups[1]["lr"], grad_norm=norm.item(),
-                          samples_per_second=(done - first) * args.batch_size / (time.time() - began))
+                          **clock.read(done, args.batch_size), **({"cache_hits": cache.share()} if cache else {}))
             progress.set_postfix(loss=loss)
         if validation is not None and (done % val_every == 0 or done == steps):
-            result = validate(model, validation, counted, device, autocast)
+            with clock("validation"):
+                result = validate(model, validation, counted, kept, device, autocast)
             metrics.write(done, **result)
             runtime.log(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
         if done % args.save_every == 0 or done == steps:
@@ -324,8 +338,10 @@ def main(args: Args) -> None:
             save(out / f"ckpt-{done}.pt", model, dict(steps=done), dtype)
 
     # ---- save
+    if cache:
+        cache.flush()
     if validation is not None and not result:
-        result = validate(model, validation, counted, device, autocast)
+        result = validate(model, validation, counted, kept, device, autocast)
     written = out / ("factors.pt" if args.merge else "ckpt.pt")
     save(written, model, dict(result, steps=steps), dtype)
     if args.merge and rank == 0:

@@ -688,11 +688,11 @@ def patch_loss(h, w, ids, weights, tau, *, impl=None):
 
 def cosine_loss(h, w, ids, weights):
     """The plain cosine pull -> (sum over the labelled rows of 1 - sum_j Y_ij c_ij, labelled). Arguments as in patch_loss; only the
-    target rows of w are read."""
+    target rows of w are read. Unlabelled rows are computed as zeros, since to leave them out is to wait for a GPU to name them."""
     ids, weights = check_inputs(h, w, ids, weights)
     dtype = compute_dtype(h)
-    rows = labelled_rows(weights)
-    x = h[rows].to(dtype)                                                # (n, D)
-    target = target_words(w.detach(), ids[rows], weights[rows], dtype)   # (n, D)
+    labelled = (weights != 0).any(dim=1)                                 # (n,)
+    x = h.to(dtype).masked_fill(~labelled[:, None], 0)                   # (n, D)
+    target = target_words(w.detach(), ids, weights, dtype)               # (n, D)
     cosine = (x * inverse_norm(x) * target).sum(dim=1)                   # (n,)
-    return (1 - cosine).sum(), torch.tensor(len(rows), device=h.device)
+    return (labelled.to(dtype) - cosine).sum(), labelled.sum()

@@ -53,13 +53,13 @@ def toy_model(weights, tune, dtype):
 
 
 def real_batch():
-    """Random numbers in the shape that the dry run is told; one sample is padded."""
+    """Random numbers in the shape that the dry run is told."""
     torch.manual_seed(0)
     ids = torch.randint(3, 600, (B, T))
     ids[:, 1: 1 + P] = data.IMAGE_TOKEN
-    labels, mask = ids.clone(), torch.ones(B, T, dtype=torch.bool)
-    labels[:, :FIRST], mask[0, -10:] = data.IGNORE, False
-    return dict(input_ids=ids, labels=labels, attention_mask=mask, pixel_values=torch.randn(B, 3, 96, 96),
+    labels = ids.clone()
+    labels[:, :FIRST] = data.IGNORE
+    return dict(input_ids=ids, labels=labels, first_label=FIRST, pixel_values=torch.randn(B, 3, 96, 96),
                 patch_ids=torch.randint(600, (B, P, 4)), patch_weights=torch.full((B, P, 4), 0.25))
 
 

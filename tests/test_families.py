@@ -240,9 +240,7 @@ def test_a_pooling_projector_from_flag_to_probe(kind, run, world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "probe.json").read_text())["patches"] == 6 * 16
     model, _ = module.load_checkpoint(tmp_path / "ckpt.pt")
-    text = dict(input_ids=torch.randint(5, V, (1, 6)), labels=torch.randint(5, V, (1, 6)), attention_mask=torch.ones(1, 6).bool(),
-                **{k: v for k, v in data.collate([dict(id="0", pixel_values=None, input_ids=[1], labels=[1])], 0).items()
-                   if k in ("pixel_values", "patch_ids", "patch_weights")})
+    text = data.collate([dict(id="0", image_size=None, pixel_values=None, input_ids=[9, 8, 7], labels=[IGNORE, 8, 7])], 0)
     model.tune("full")
     model(text)["caption_loss"].backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.projector.parameters())
