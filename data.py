@@ -162,8 +162,10 @@ def transform_image(image, size, geometry, mean, std, resample=Image.Resampling.
     if geometry == "pad":
         canvas = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), tuple(int(255 * m) for m in mean))
         canvas.paste(image, (-box[0], -box[1]))
-        image, box = canvas, (0, 0, *canvas.size)
-    image = image.resize((width, height), resample, box=box)
+        image = canvas
+    else:
+        image = image.crop(box)                                     # before the resizing: no pixel beyond the box has a part in it
+    image = image.resize((width, height), resample)
     pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)     # (height, width, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 

@@ -197,17 +197,38 @@ def as_messages(turns: list[dict]) -> list[dict]:
     return [{"role": data.ROLES[turn["from"]], "content": content(turn["value"])} for turn in turns]
 
 
+def read_otherwise(theirs, template: str, ours, prompt: str) -> list[list[dict]]:
+    """The `conversations` that transformers' processor, with their tokenizer and template, reads as other tokens than we do with ours."""
+    image, wrong = theirs.convert_tokens_to_ids(IMAGE_MARKER), []
+    for turns in conversations(prompt):
+        expected = data.tokenize_prompt(turns, ours, prompt, int(IMAGE_MARKER in str(turns)))
+        try:
+            text = theirs.apply_chat_template(as_messages(turns), chat_template=template, tokenize=False, add_generation_prompt=True)
+            found = [IMAGE_TOKEN if token == image else token for token in theirs(text).input_ids]
+        except (TemplateError, TypeError, ValueError):          # it wants strings where we have lists, or the other way round
+            found = None
+        if found != expected:
+            wrong.append(turns)
+    return wrong
+
+
+def piecewise(rules: dict) -> dict:
+    """The rules of tokenizer.json, changed so that what stands after a special token reads as at the beginning of a text: here the text
+    around an image is encoded piece by piece."""
+    first = rules["pre_tokenizer"] or {}
+    for step in [first, *first.get("pretokenizers", [])]:
+        if step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "always"
+    return rules
+
+
 def converted_tokenizer(model: PatchAlignedModel) -> tuple[PreTrainedTokenizerFast, str]:
     """The model's tokenizer with <image> and with only those special tokens put in by itself that our prompt has -> (tokenizer, chat
     template). InputError: a tokenizer without the rules of the tokenizers library, or no template gives the same tokens."""
     own, prompt, where = model.tokenizer, model.config["prompt"], model.config["llm"]
     if getattr(own, "backend_tokenizer", None) is None:
         raise InputError(f"{where}: its {type(own).__name__} has no tokenizer.json, which an export needs")
-    rules = json.loads(own.backend_tokenizer.to_str())
-    steps = [rules["pre_tokenizer"] or {}, *(rules["pre_tokenizer"] or {}).get("pretokenizers", [])]
-    for step in steps:                                          # we encode the text around an image piece by piece
-        if step.get("prepend_scheme") == "first":
-            step["prepend_scheme"] = "always"
+    rules = piecewise(json.loads(own.backend_tokenizer.to_str()))
     backend = Tokenizer.from_str(json.dumps(rules | dict(post_processor=None, truncation=None, padding=None)))
     begins = prompt != "chat" and data.tokenize_prompt(conversations(prompt)[0], own, prompt, 1)[0] == own.bos_token_id
     if begins:
@@ -218,23 +239,18 @@ def converted_tokenizer(model: PatchAlignedModel) -> tuple[PreTrainedTokenizerFa
         tokenizer_object=backend, **names, pad_token=own.pad_token or own.eos_token, padding_side="left",
         model_max_length=own.model_max_length, clean_up_tokenization_spaces=getattr(own, "clean_up_tokenization_spaces", False),
         model_input_names=["input_ids", "attention_mask"])
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
-
-    def tokens(template, turns):
-        text = tokenizer.apply_chat_template(as_messages(turns), chat_template=template, tokenize=False, add_generation_prompt=True)
-        return [IMAGE_TOKEN if token == image_token else token for token in tokenizer(text).input_ids]
-
-    best = ""
+    earlier, example = "", ""
     for template in templates(own, prompt):
-        try:
-            wrong = [turns for turns in conversations(prompt)
-                     if tokens(template, turns) != data.tokenize_prompt(turns, own, prompt, int("<image>" in str(turns)))]
-        except (TemplateError, TypeError, ValueError):          # it wants strings where we have lists, or the other way round
-            continue
+        wrong = read_otherwise(tokenizer, template, own, prompt)
         if not wrong:
             return tokenizer, template
-        best = best or f", for example {wrong[0]}"
-    raise InputError(f"{where}: its tokenizer does not read a whole conversation of prompt {prompt} as the tokens of its parts{best}")
+        if all(len(turns) > 1 for turns in wrong):
+            earlier = earlier or template
+        example = example or f", for example {wrong[0]}"
+    if not earlier:
+        raise InputError(f"{where}: its tokenizer does not read a text of prompt {prompt} as the tokens of its parts{example}")
+    runtime.log(f"{where}: its tokenizer joins an earlier answer with what stands around it; such conversations differ in a few tokens")
+    return tokenizer, earlier
 
 
 # --------------------------------------------------------------------------------------------------------------------------- export
@@ -397,7 +413,8 @@ def export(args: Export) -> None:
         own = json.loads(model.tokenizer.backend_tokenizer.to_str())["post_processor"]
         setattr(llava.config, OURS, {
             "stage": checkpoint["stage"], "config": {key: model.config[key] for key in KEPT if key in model.config}, "words": words,
-            "tokenizer": {"post_processor": own, "chat_template": model.tokenizer.chat_template, "pad_token": model.tokenizer.pad_token}})
+            "tokenizer": {"post_processor": own, "chat_template": model.tokenizer.chat_template, "pad_token": model.tokenizer.pad_token,
+                          "added": IMAGE_MARKER not in model.tokenizer.get_vocab()}})
         llava.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=64, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=data.end_ids(model.tokenizer, model.config["prompt"]))
@@ -454,7 +471,7 @@ def restored_tokenizer(name: str, ours: dict):
     saved = ours.get("tokenizer")
     if saved:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules["added_tokens"] = [t for t in rules["added_tokens"] if t["content"] != IMAGE_MARKER or t["id"] < ours["words"]]
+        rules["added_tokens"] = [t for t in rules["added_tokens"] if t["content"] != IMAGE_MARKER or not saved["added"]]
         names = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "unk")}
         restored = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(rules | {"post_processor": saved["post_processor"]})), **names,
@@ -465,6 +482,7 @@ def restored_tokenizer(name: str, ours: dict):
     begins = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     if begins and tokenizer.chat_template and "bos_token" not in tokenizer.chat_template:
         tokenizer.chat_template = "{{- bos_token -}}" + tokenizer.chat_template    # transformers' processor lets the tokenizer put it there
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(piecewise(json.loads(tokenizer.backend_tokenizer.to_str()))))
     return tokenizer
 
 
@@ -537,7 +555,7 @@ def import_folder(name: str, path: Path) -> None:
             tokenizer.save_pretrained(Path(temporary, "llm"))
             for folder in folders:
                 Path(temporary, folder.name).rename(folder)
-        known = DEFAULTS | dict(geometry=geometry_of(name, processor), prompt=usable_prompt(tokenizer)) | ours.get("config", {})
+        known = DEFAULTS | dict(geometry=geometry_of(name, processor), prompt=usable_prompt(name, tokenizer)) | ours.get("config", {})
         model = PatchAlignedModel(known | dict(
             vision=str(folders[0]), llm=str(folders[1]), projector=kind, feature_layer=settings.vision_feature_layer,
             image_size=size[0] if size[0] == size[1] else list(size), imported=name), dtype)
@@ -551,13 +569,17 @@ def import_folder(name: str, path: Path) -> None:
         raise
 
 
-def usable_prompt(tokenizer) -> str:
-    """chat where the tokenizer has a template that can be used here, else v1."""
+def usable_prompt(name: str, tokenizer) -> str:
+    """chat where the tokenizer has a template that can be used here, else v1. That transformers reads other tokens is said."""
     try:
-        data.tokenize_prompt(conversations("chat")[2], tokenizer, "chat", 1)
-        return "chat"
+        data.tokenize_prompt(conversations("chat")[0], tokenizer, "chat", 1)
     except InputError:
         return "v1"
+    theirs = load_backbone(AutoTokenizer, name, "folder")
+    wrong = read_otherwise(theirs, theirs.chat_template, tokenizer, "chat")
+    if wrong:
+        runtime.log(f"{name}: its processor reads some conversations as other tokens than --prompt chat does here, for example {wrong[0]}")
+    return "chat"
 
 
 # ------------------------------------------------------------------------------------------------------- original LLaVA's mm_projector.bin
