@@ -562,7 +562,7 @@ def import_folder(name: str, path: Path) -> None:
         load_trained(model, projector, name)
         refuse_unless_equal(behaviour(model.eval(), settings.image_token_id, patches, size), expected, dtype, name)
         with runtime.atomic(path) as file:
-            save_checkpoint(file, model, "import", {})
+            save_checkpoint(file, model, "import", dict(steps=0))
     except BaseException:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -602,7 +602,7 @@ def projector_checkpoint(path: Path, vision: str, llm: str) -> dict:
         raise InputError(f"{path}: tensors {', '.join(sorted(state)) or 'of no mm_projector'}; a projector linear or mlp2x_gelu is needed")
     config = DEFAULTS | dict(vision=find_model(vision, "--vision"), llm=find_model(llm, "--llm"), projector=kind, image_size=0)
     model = {f"projector.{name if kind != 'linear' else '0.' + name}": tensor for name, tensor in state.items()}
-    return dict(stage="import", config=config, model=model, metrics={}, version=VERSION)
+    return dict(stage="import", config=config, model=model, metrics=dict(steps=0), version=VERSION)
 
 
 # --------------------------------------------------------------------------------------------------------------------- any of them

@@ -1,6 +1,7 @@
-"""Checkpoints to and from LlavaForConditionalGeneration: the same logits, the same words, the same tensors, the same numbers of probe.py."""
+"""Checkpoints to and from LLaVA folders: the same logits, the same words, the same tensors, the same numbers of probe.py."""
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,10 +14,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import data
 import llava
+import probe
 import sft
 import toy
 from data import IMAGE_TOKEN, InputError
-from model import PatchAlignedModel, load_checkpoint, save_checkpoint
+from model import PatchAlignedModel, load_checkpoint, read_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------- tiny random models of several families
 
@@ -27,15 +29,16 @@ CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TURNS = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
          "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
-THOUGHTS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+THOUGHTS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+            "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
             "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def tokenizer(kind):
-    """Of the kind of Qwen's (bytes, nothing put in), of Gemma's (blanks as ▁, beginning put in) or of Vicuna's (the same, and a blank before
-    the first word)."""
-    special = {"qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>",
-               "<end_of_turn>"], "vicuna": ["<unk>", "<s>", "</s>"]}[kind]
+    """Of the kind of Qwen's (bytes, nothing put in), of Gemma's (blanks as ▁, beginning put in) or of Vicuna's (the same, and a blank
+    before the first word)."""
+    special = {"qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "vicuna": ["<unk>", "<s>", "</s>"],
+               "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]}[kind]
     backend = Tokenizer(models.BPE(unk_token=None if kind == "qwen" else "<unk>"))
     alphabet = sorted(set("".join(TEXT) + "▁"))
     if kind == "qwen":
@@ -58,15 +61,17 @@ def tokenizer(kind):
 
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+DEEPER = SMALL | dict(num_hidden_layers=3)
 VISION = {
-    "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SMALL | dict(num_hidden_layers=3), image_size=28, patch_size=7)),
-    "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SMALL | dict(num_hidden_layers=3), image_size=28, patch_size=7)),
-    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**SMALL | dict(num_hidden_layers=3, mlp_ratio=2), image_size=42, patch_size=7)),
-    "registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SMALL | dict(mlp_ratio=2), image_size=28, patch_size=7)),
+    "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**DEEPER, image_size=28, patch_size=7)),
+    "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**DEEPER, image_size=28, patch_size=7)),
+    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**DEEPER, mlp_ratio=2, image_size=42, patch_size=7)),
+    "registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DEEPER, mlp_ratio=2, image_size=28, patch_size=7)),
 }
 LLM = {
     "llama": ("vicuna", lambda V: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, vocab_size=V))),
-    "qwen2": ("qwen", lambda V: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=2, vocab_size=V + 30, tie_word_embeddings=True))),
+    "qwen2": ("qwen", lambda V: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=2, vocab_size=V + 30,
+                                                                   tie_word_embeddings=True))),
     "gemma": ("gemma", lambda V: hf.GemmaForCausalLM(hf.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8, vocab_size=V))),
     "phi": ("qwen", lambda V: hf.PhiForCausalLM(hf.PhiConfig(**SMALL, vocab_size=V))),
 }
@@ -90,8 +95,9 @@ def backbones(folder, vision, llm):
 def checkpoint(folder, vision="clip", llm="llama", **config):
     """A checkpoint of a random projector -> its path."""
     folder.mkdir(exist_ok=True)
-    model = PatchAlignedModel(dict(projector="mlp2x_gelu", pool=2, image_size=0, geometry="crop", feature_layer=-2, prompt="v1", coverage=0.3,
-                                   tau=0.05, patch_weight=0.5, patch_loss="cosine") | backbones(folder, vision, llm) | config)
+    ours = dict(projector="mlp2x_gelu", pool=2, image_size=0, geometry="crop", feature_layer=-2, prompt="v1", coverage=0.3, tau=0.05,
+                patch_weight=0.5, patch_loss="cosine")
+    model = PatchAlignedModel(ours | backbones(folder, vision, llm) | config)
     torch.nn.init.normal_(model.projector[0].bias)
     save_checkpoint(folder / "ckpt.pt", model, "pretrain", {})
     return folder / "ckpt.pt"
@@ -107,7 +113,8 @@ def photograph(path, width=50, height=33, seed=0):
     return path
 
 
-QUESTION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red dog."}, {"from": "human", "value": "Who are you?"}]
+QUESTION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red dog."},
+            {"from": "human", "value": "Who are you?"}]
 
 
 def messages(turns):
@@ -190,9 +197,9 @@ def test_lora_is_merged_and_half_precision_written(tmp_path):
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter, std=0.2)
     save_checkpoint(path, model.eval(), "sft", {})
-    ids = torch.arange(3, 20)[None]
+    ids, untuned = torch.arange(3, 20)[None], load_checkpoint(checkpoint(tmp_path / "plain", "clip", "qwen2"))[0]
     with torch.inference_mode():
-        expected, plain = model.llm(input_ids=ids).logits, load_checkpoint(checkpoint(tmp_path / "plain", "clip", "qwen2"))[0].llm(ids).logits
+        expected, plain = model.llm(input_ids=ids).logits, untuned.llm(ids).logits
         theirs = hf.LlavaForConditionalGeneration.from_pretrained(export(path, tmp_path / "theirs")).eval()(input_ids=ids).logits
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
     assert (theirs - plain).abs().max() > 0.1
@@ -209,8 +216,8 @@ def test_lora_is_merged_and_half_precision_written(tmp_path):
 def test_what_llava_cannot_express_is_refused(vision, llm, config, message, tmp_path):
     folder = tmp_path / "ours"
     folder.mkdir()
-    model = PatchAlignedModel(dict(llava.DEFAULTS, pool=2, projector="mlp2x_gelu", image_size=0, prompt="v1") | backbones(folder, vision, llm)
-                              | config)
+    ours = dict(llava.DEFAULTS, pool=2, projector="mlp2x_gelu", image_size=0, prompt="v1")
+    model = PatchAlignedModel(ours | backbones(folder, vision, llm) | config)
     save_checkpoint(folder / "ckpt.pt", model, "pretrain", {})
     with pytest.raises(InputError, match=message) as caught:
         export(folder / "ckpt.pt", tmp_path / "theirs")
@@ -247,7 +254,8 @@ print(answer.tolist())
 def test_plain_transformers_says_the_same_in_a_process_of_its_own(world, tmp_path):
     """The toy world's backbones, an image file of it, no project on the path."""
     torch.manual_seed(0)
-    model = PatchAlignedModel(dict(llava.DEFAULTS, vision=str(toy.VISION), llm=str(toy.LLM), projector="mlp2x_gelu", image_size=0, prompt="chat"))
+    names = dict(vision=str(toy.VISION), llm=str(toy.LLM))
+    model = PatchAlignedModel(dict(llava.DEFAULTS, **names, projector="mlp2x_gelu", image_size=0, prompt="chat"))
     save_checkpoint(tmp_path / "ckpt.pt", model, "pretrain", {})
     export(tmp_path / "ckpt.pt", tmp_path / "theirs")
     record = data.read_records(world / "test.jsonl")[0]
@@ -299,10 +307,11 @@ def foreign(folder, **changes):
     words = tokenizer("vicuna")
     words._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     words.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
-    words.chat_template = ("{% for m in messages %}{{ m.role.upper() + ': ' }}{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else "
-                           "c.text + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
-    settings = dict(vision_config=VISION["clip"]().config, text_config=hf.LlamaConfig(**SMALL, vocab_size=len(words) + 20), image_seq_length=16,
-                    image_token_index=words.convert_tokens_to_ids("<image>"))
+    words.chat_template = ("{% for m in messages %}{{ m.role.upper() + ': ' }}{% for c in m.content %}"
+                           "{{ '<image>\n' if c.type == 'image' else c.text + ' ' }}{% endfor %}{% endfor %}"
+                           "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+    settings = dict(vision_config=VISION["clip"]().config, text_config=hf.LlamaConfig(**SMALL, vocab_size=len(words) + 20),
+                    image_seq_length=16, image_token_index=words.convert_tokens_to_ids("<image>"))
     model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**settings | changes)).half()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -312,7 +321,8 @@ def foreign(folder, **changes):
         "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": {"height": 28, "width": 28}, "do_resize": True,
         "size": {"shortest_edge": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     (folder / "processor_config.json").write_text(json.dumps({
-        "processor_class": "LlavaProcessor", "patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}))
+        "processor_class": "LlavaProcessor", "patch_size": 7, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1}))
     return folder
 
 
@@ -322,7 +332,8 @@ def test_a_foreign_folder_comes_in_and_goes_out_unchanged(tmp_path):
     path = tmp_path / "ours" / "ckpt.pt"
     llava.import_folder(str(folder), path)
     model, saved = load_checkpoint(path)
-    theirs, processor = hf.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval(), hf.AutoProcessor.from_pretrained(folder)
+    theirs = hf.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = hf.AutoProcessor.from_pretrained(folder)
     assert saved["stage"] == "import" and model.config["prompt"] == "chat" and model.config["geometry"] == "crop"
 
     text = processor.apply_chat_template(messages(QUESTION[:1]), add_generation_prompt=True, tokenize=False)
@@ -332,7 +343,8 @@ def test_a_foreign_folder_comes_in_and_goes_out_unchanged(tmp_path):
     theirs_ids = [IMAGE_TOKEN if i == theirs.config.image_token_id else i for i in given["input_ids"][0].tolist()]
     assert theirs_ids == ids
     with torch.inference_mode():
-        X = model.eval().splice(torch.tensor([theirs_ids]), model.projector(model.encode(data.transform_image(picture, *model.image_form)[None])))
+        pixels = data.transform_image(picture, *model.image_form)[None]
+        X = model.eval().splice(torch.tensor([ids]), model.projector(model.encode(pixels)))
         torch.testing.assert_close(model.llm(inputs_embeds=X).logits, theirs(**given).logits, atol=1e-4, rtol=1e-4)
     same(tensors(export(path, tmp_path / "out", dtype="float16")), tensors(folder))
 
@@ -353,7 +365,7 @@ def test_folders_that_do_not_fit_are_refused(changes, message, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "ours" / "vision").exists()
 
 
-def test_incomplete_and_other_folders_are_refused(tmp_path, run):
+def test_incomplete_and_other_folders_are_refused(tmp_path, run, monkeypatch, capsys):
     folder = checkpoint(tmp_path / "ours").parent / "words"
     with pytest.raises(InputError, match="a llama, not a LlavaForConditionalGeneration"):
         llava.import_folder(str(folder), tmp_path / "x" / "ckpt.pt")
@@ -369,6 +381,97 @@ def test_incomplete_and_other_folders_are_refused(tmp_path, run):
                                (["import", str(tmp_path / "none"), str(tmp_path / "y.pt")], "no such model folder"),
                                (["sell"], "sell: export or import"),
                                (["export", str(tmp_path / "ours" / "ckpt.pt"), str(theirs)], "already there")):
-        done = run("model.py", *arguments)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        monkeypatch.setattr(sys, "argv", ["model.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            llava.main()
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1, printed
     assert "python model.py export" in run("model.py", "--help").stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- probe
+
+
+def probed(name, world, out, **flags):
+    probe.main(probe.Args([str(name)], data=str(world / "test.jsonl"), out=str(out), pursuit_patches=40, show=1, **flags))
+    return json.loads((out / "probe.json").read_text())
+
+
+def numbers(value):
+    """The leaves of a probe.json, but the name."""
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value) if key != "checkpoint" for leaf in numbers(value[key])]
+    return [leaf for item in value for leaf in numbers(item)] if isinstance(value, list) else [value]
+
+
+def test_probe_gives_the_same_numbers_of_an_export_and_of_mm_projector(world, tmp_path):
+    path = checkpoint(tmp_path / "ours", "dinov2", "llama", coverage=0.2)
+    ours = probed(path, world, tmp_path / "a")
+    assert ours["align"] is not None and ours["labelled"] > 20
+    theirs = probed(export(path, tmp_path / "theirs"), world, tmp_path / "b")
+    assert numbers(theirs) == pytest.approx(numbers(ours), abs=1e-5) and theirs["checkpoint"] == str(tmp_path / "theirs")
+    assert not list(tmp_path.glob("theirs/vision"))
+
+    saved = read_checkpoint(path)
+    kept = {f"model.mm_{name}": tensor for name, tensor in saved["model"].items()}
+    assert "model.mm_projector.0.weight" in kept
+    torch.save(kept, tmp_path / "mm_projector.bin")
+    named = dict(vision=saved["config"]["vision"], llm=saved["config"]["llm"], coverage=0.2)
+    assert numbers(probed(tmp_path / "mm_projector.bin", world, tmp_path / "c", **named)) == pytest.approx(numbers(ours), abs=1e-5)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_projector_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = backbones(tmp_path, "clip", "llama")
+    path = tmp_path / "mm_projector.bin"
+    weight, bias = torch.randn(32, 32), torch.randn(32)
+    torch.save({"model.mm_projector.weight": weight.half(), "model.mm_projector.bias": bias.half()}, path)
+    with llava.opened(str(path), **folders) as file:
+        model, _ = load_checkpoint(file)
+    assert model.config["projector"] == "linear" and torch.equal(model.projector[0].weight, weight.half().float())
+    deeper = {f"model.mm_projector.{i}.weight": weight for i in (0, 2, 4)}
+    for content, message in ((deeper, "linear or mlp2x_gelu is needed"), ({"other": weight}, "tensors of no mm_projector"),
+                             (Evil(), "refused unread"), ([1], "not a file of tensors")):
+        torch.save(content, path) if not isinstance(content, Evil) else path.write_bytes(pickle.dumps(content))
+        with pytest.raises(InputError, match=message), llava.opened(str(path), **folders):
+            pass
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(InputError, match="name the backbones"), llava.opened(str(path)):
+        pass
+    with pytest.raises(InputError, match="are for LLaVA's mm_projector.bin"), llava.opened("runs/ckpt.pt", **folders):
+        pass
+    assert llava.is_folder("llava-hf/llava-1.5-7b-hf") and not llava.is_folder("runs/ckpt.pt") and llava.is_folder(str(tmp_path))
+    names, files = probe.outputs(["llava-hf/llava-1.5-7b-hf", str(tmp_path), str(path)], "")
+    assert names == ["llava-1.5-7b-hf", tmp_path.name, "mm_projector"]
+    assert [str(f) for f in files] == ["runs/llava-1.5-7b-hf/probe.json", f"{tmp_path}/probe-{tmp_path.name}.json",
+                                       f"{tmp_path}/probe-mm_projector.json"]
+
+
+def test_anisotropy_is_the_mean_over_all_pairs(monkeypatch):
+    monkeypatch.setattr(probe, "CHUNK", 4 * 12 * 7)
+    w = torch.randn(50, 12) + torch.tensor([1.0] * 12)
+    cosine = torch.nn.functional.normalize(w, dim=1) @ torch.nn.functional.normalize(w, dim=1).T
+    expected = (cosine.sum() - 50) / (50 * 49)
+    assert probe.anisotropy(torch.cat([w * torch.rand(50, 1), torch.zeros(3, 12)])) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_large_vocabulary_needs_no_second_table(monkeypatch):
+    """The largest tensor that probing a (20011, 40) table makes is the table itself, not a matrix of patches and words."""
+    largest, matmul = [0], torch.Tensor.__matmul__
+
+    def counted(a, b):
+        out = matmul(a, b)
+        largest[0] = max(largest[0], out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    monkeypatch.setattr(probe, "CHUNK", 2**18)
+    w, x = torch.randn(20011, 40), torch.randn(300, 40)
+    probe.nearest_rows(x, w, 10)
+    probe.matching_pursuit(torch.cat([x, probe.rotated(x, torch.Generator().manual_seed(0))]), w, 4)
+    assert 0 < largest[0] <= 2**18 + len(w)
