@@ -158,6 +158,7 @@ def test_export_has_the_same_logits_tokens_and_words(vision, llm, config, tmp_pa
         logits = theirs(**given).logits
         answer = theirs.generate(**given, max_new_tokens=12)[:, len(ids):]
         blank = theirs(**given | {"pixel_values": torch.zeros_like(given["pixel_values"])}).logits
+    assert theirs.generation_config.eos_token_id == data.end_ids(model.tokenizer, model.config["prompt"])
     V = ours.shape[-1]
     torch.testing.assert_close(logits[..., :V], ours, atol=1e-4, rtol=1e-4)
     assert (logits - blank)[..., -1, :].abs().max() > 0.01                                       # the image matters
@@ -230,11 +231,11 @@ def test_a_scaled_head_is_found_by_its_logits(tmp_path, monkeypatch):
 
     def capped(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        out.logits = 30 * torch.tanh(out.logits / 30)
+        out.logits = 3000 * torch.tanh(out.logits / 3000)                                            # too gentle to show in a comparison
         return out
 
     monkeypatch.setattr(hf.LlamaForCausalLM, "forward", capped)
-    with pytest.raises(InputError, match="scales or caps the logits|its logits differ"):
+    with pytest.raises(InputError, match="scales or caps the logits"):
         export(path, tmp_path / "theirs")
 
 
