@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.auto.image_processing_auto import AutoImageProcessor      # by its module: earlier versions want torchvision else
 
 import data
 import llava
@@ -182,7 +183,7 @@ def test_chat_template_that_treats_the_last_answer_otherwise(tmp_path):
 def test_processor_makes_our_pixels(geometry, size, tmp_path):
     model, _ = load_checkpoint(checkpoint(tmp_path / "ours", geometry=geometry))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(llava.image_processor(model)))
-    processor = hf.AutoImageProcessor.from_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
     for mode in ("RGB", "L"):
         picture = Image.open(photograph(tmp_path / "p.png", *size)).convert(mode)
         ours = data.transform_image(picture.convert("RGB"), *model.image_form)
