@@ -155,15 +155,17 @@ def transform_image(image, size, geometry, mean, std, resample=Image.Resampling.
     """RGB image -> the encoder's input, float32 (3, height, width): `view_box` resized, (value - mean) / std.
 
     size: the side of a square, or (height, width); mean, std: one number per channel for values in [0, 1]; resample: PIL's
-    filter. Padding has the mean colour, so it is (nearly) 0 here.
+    filter. Padding has the mean colour, cut to whole numbers as LLaVA does, so it is nearly 0 here.
     """
     height, width = sides(size)
     box = view_box(image.size, geometry, width / height)
     if geometry == "pad":
-        canvas = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), tuple(round(255 * m) for m in mean))
+        canvas = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), tuple(int(255 * m) for m in mean))
         canvas.paste(image, (-box[0], -box[1]))
-        image, box = canvas, (0, 0, *canvas.size)
-    image = image.resize((width, height), resample, box=box)
+        image = canvas
+    else:
+        image = image.crop(box)                                     # before the resizing: no pixel beyond the box has a part in it
+    image = image.resize((width, height), resample)
     pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)     # (height, width, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -532,7 +534,7 @@ def _segments(turns, tokenizer, prompt, where):
 
 
 @functools.lru_cache(maxsize=64)
-def _chat_frame(tokenizer, template, answers):
+def chat_frame(tokenizer, template, answers):
     """What a chat template writes around the texts of a conversation with so many answers -> (the 2 answers + 1 pieces of text before,
     between and after its turns, the token that ends an answer). InputError: a template that leaves texts out, repeats or reorders them.
 
@@ -564,11 +566,11 @@ def _special_tokens(tokenizer):
 
 
 def _chat_segments(turns, tokenizer, where):
-    """Segments of the tokenizer's chat template; see `_chat_frame`."""
+    """Segments of the tokenizer's chat template; see `chat_frame`."""
     if not tokenizer.chat_template:
         raise InputError(f"{where}: the tokenizer has no chat template for --prompt chat; use --prompt v1")
     try:
-        pieces, end = _chat_frame(tokenizer, tokenizer.chat_template, (len(turns) + 1) // 2)
+        pieces, end = chat_frame(tokenizer, tokenizer.chat_template, (len(turns) + 1) // 2)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if end is None:

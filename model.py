@@ -454,3 +454,9 @@ def load_trained(model: PatchAlignedModel, saved: dict[str, torch.Tensor], path)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     if trained & set(missing):
         raise InputError(f"{path}: {', '.join(sorted(trained & set(missing)))} missing; the file is incomplete")
+
+
+if __name__ == "__main__":
+    import llava
+
+    llava.main()

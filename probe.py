@@ -10,12 +10,16 @@ symbols in model.py):
     decomposition   orthogonal matching pursuit of a patch over word embeddings; control: the same dictionary, randomly
                     rotated. If one word per patch were enough, the curve would be flat from K = 1 on
 
+Beside them stands the anisotropy of the words themselves, the mean cosine of two different ones: where it is high, so is chance.
+
     python probe.py runs/pretrain/ckpt.pt                               # toy world
     python probe.py runs/caption/ckpt.pt runs/pretrain/ckpt.pt          # side by side
     python probe.py ckpt.pt --data val.jsonl --image-dir images --images 1000
+    python probe.py llava-hf/llava-1.5-7b-hf --data val.jsonl           # any LlavaForConditionalGeneration, folder or hub name
+    python probe.py mm_projector.bin --vision openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 --data val.jsonl
 
 reads:   each checkpoint and the backbones that it names; records with regions (default: the toy world's test split)
-writes:  probe.json beside each checkpoint, probe.png beside the first (or both in --out)
+writes:  probe.json beside each checkpoint, in a LLaVA folder, or in runs/NAME of a hub name; probe.png beside the first (or both in --out)
 """
 
 import colorsys
@@ -30,6 +34,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+import llava
 import runtime
 from model import load_checkpoint
 
@@ -39,7 +44,11 @@ class Args:
     """Flags of probe.py."""
 
     checkpoints: list[str] = field(metadata={"positional": True})
-    """checkpoints to analyse, side by side"""
+    """checkpoints to analyse, side by side; LLaVA folders, hub names and mm_projector.bin as well"""
+    vision: str = ""
+    """of an mm_projector.bin: the encoder that it was trained with"""
+    llm: str = ""
+    """of an mm_projector.bin: the language model"""
     data: str = ""
     """records (JSON or JSONL); none: the toy world's test split"""
     regions: str = ""
@@ -155,6 +164,18 @@ def nearest_rows(h, w, k):
     return torch.cat([(unit(rows.to(w)) @ w.T).topk(k).indices.cpu() for rows in chunks])
 
 
+def anisotropy(w):
+    """Mean cosine of two different rows of w (V, D), exact over all pairs; rows of zeros are left out. 0 for random directions.
+
+    With s the sum of the n unit rows, the cosines of all ordered pairs add up to |s|^2, n of them with themselves.
+    """
+    total, n = w.new_zeros(w.shape[1], dtype=torch.float64), 0
+    for rows in w.split(CHUNK // (4 * w.shape[1]) + 1):
+        u = unit(rows.double())
+        total, n = total + u.sum(0), n + int(u.any(1).sum())
+    return ((total.square().sum() - n) / max(1, n * (n - 1))).item()
+
+
 def word_recall(chosen, words):
     """(K,): share of a patch's words of which some token is among its first k tokens chosen (n, K), mean over patches."""
     patch, word, tokens = pairs(words)
@@ -190,14 +211,12 @@ def _pursue(x, dictionary, atoms):
     """matching_pursuit for one chunk of unit rows: x (n, D), dictionary (V, D) unit rows."""
     n, width = x.shape
     residual = x.clone()                                        # (n, D)
-    used = torch.zeros(n, len(dictionary), dtype=torch.bool, device=x.device)
     q = x.new_zeros(n, atoms, width)                            # orthonormal basis of the chosen atoms
     r = torch.eye(atoms, dtype=x.dtype, device=x.device).repeat(n, 1, 1)
     b = x.new_zeros(n, atoms)                                   # Q^T x
     indices = torch.zeros(n, atoms, dtype=torch.int64, device=x.device)
     for k in range(atoms):
-        pick = (residual @ dictionary.T).abs_().masked_fill_(used, -1).argmax(1)    # (n,)
-        used.scatter_(1, pick[:, None], True)
+        pick = (residual @ dictionary.T).abs_().scatter_(1, indices[:, :k], -1).argmax(1)           # (n,): none twice
         atom = dictionary[pick]                                 # (n, D)
         along = x.new_zeros(n, atoms)
         rest = atom
@@ -217,10 +236,11 @@ def _pursue(x, dictionary, atoms):
     return indices, coefficients, b.square().cumsum(1).clamp_max(1)
 
 
-def rotated(dictionary, generator):
-    """The rows (V, D) under one random rotation: the same mutual angles, no relation left to the patches."""
-    q, r = torch.linalg.qr(torch.randn(dictionary.shape[1], dictionary.shape[1], generator=generator, dtype=torch.float64))
-    return dictionary @ (q * r.diagonal().sign()).to(dictionary)                    # signs: uniform over the orthogonal group
+def rotated(x, generator):
+    """The rows (n, D) under one random rotation: the same mutual angles, no relation left to the words. Patches turned one way see the
+    words as they would see words turned the other way, and there are fewer of them."""
+    q, r = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=generator, dtype=torch.float64))
+    return x @ (q * r.diagonal().sign()).T.to(x)                                    # signs: uniform over the orthogonal group
 
 
 def word_rows(tokenizer, w):
@@ -287,6 +307,8 @@ def analyse(model, z, h, words, args):
             result[recall] = {k: curve[min(int(k), len(curve)) - 1] for k in RECALLS}
     sample = [(rows or range(len(flat)))[i] for i in torch.randperm(len(rows) or len(flat), generator=generator).tolist()]
     sample = sample[: args.pursuit_patches or None]
+    result["anisotropy"] = {"vocabulary": anisotropy(w), "whole_words": anisotropy(w[word_rows(model.tokenizer, w)[0].to(w.device)]),
+                            "norm": w.norm(dim=1).mean().item()}
     result["pursuit"] = pursuit(flat[sample], w, [words[i] for i in sample] if rows else None, model.tokenizer, args.atoms, generator)
     return result | {"words_per_patch": sum(map(len, words)) / max(1, len(rows)), "labelled": len(rows),
                      "patches": len(flat), "images": len(h)}
@@ -295,12 +317,12 @@ def analyse(model, z, h, words, args):
 def pursuit(x, w, words, tokenizer, atoms, generator):
     """Mean matching-pursuit curves of x (n, D) over the word rows of w, and over their rotation; words: of each row, or None."""
     ids, _, whole = word_rows(tokenizer, w)
-    dictionary = w[ids.to(w.device)]
     result = {"dictionary": len(ids), "whole_words": whole, "patches": len(x)}
-    for energy, found, rows in (("explained", "recall", dictionary), ("control", "control_recall", rotated(dictionary, generator))):
-        chosen, _, explained = matching_pursuit(x.to(w.device), rows, min(atoms, len(ids)))
-        result[energy] = explained.mean(0).tolist()
-        result[found] = word_recall(ids[chosen.cpu()], words).tolist() if words else [None] * explained.shape[1]
+    both = torch.cat([x, rotated(x, generator)]).to(w.device)                       # one pass over the dictionary serves both
+    chosen, _, explained = matching_pursuit(both, w[ids.to(w.device)], min(atoms, len(ids)))
+    for energy, found, rows in (("explained", "recall", slice(len(x))), ("control", "control_recall", slice(len(x), None))):
+        result[energy] = explained[rows].mean(0).tolist()
+        result[found] = word_recall(ids[chosen[rows].cpu()], words).tolist() if words else [None] * explained.shape[1]
     return result
 
 
@@ -422,6 +444,8 @@ def report(names, results):
     for key in ENTROPIES:
         title = "entropy, " + key.replace("encoder", "Z").replace("projected", "H").replace("_", " ")
         rows.append(row(title, "rank", [(r["entropy"][key], r["effective_rank"][key]) for r in results]))
+    rows.append(row("two random words, cosine", "whole words", [
+        (r["anisotropy"]["vocabulary"], r["anisotropy"]["whole_words"]) for r in results]))
     rows.append(row("alignment", "chance", [(r["align"], r["chance"]) for r in results]))
     rows += [row(f"recall@{k}", "chance", [(r["recall"][k], r["recall_chance"][k]) for r in results]) for k in RECALLS]
     pursuits = [r["pursuit"] for r in results]
@@ -447,11 +471,15 @@ def spread(items, n):
 
 def outputs(checkpoints, out):
     """Short distinct names of the checkpoints, and where the probe.json of each goes: no two different ones to one file."""
-    names = [Path(c).resolve().parent.name if Path(c).name == "ckpt.pt" else Path(c).stem for c in checkpoints]
+    folder = [llava.is_folder(c) for c in checkpoints]
+    names = [Path(c).resolve().parent.name if Path(c).name == "ckpt.pt" else Path(c).resolve().name if is_folder else Path(c).stem
+             for c, is_folder in zip(checkpoints, folder)]
     if len(set(names)) < len(names):
         names = [c.strip("./").replace("/", "-") for c in checkpoints]
-    folders = [Path(out or Path(c).parent) for c in checkpoints]
-    other = [not out and Path(c).name != "ckpt.pt" for c in checkpoints]                        # than the folder's usual one
+    beside = [Path(c) if Path(c).is_dir() else Path("runs", Path(c).name) if is_folder else Path(c).parent
+              for c, is_folder in zip(checkpoints, folder)]
+    folders = [Path(out or b) for b in beside]
+    other = [not out and Path(c).name != "ckpt.pt" and not f for c, f in zip(checkpoints, folder)]      # than the folder's usual one
     files = [f / (f"probe-{n}.json" if folders.count(f) > 1 or o else "probe.json") for f, n, o in zip(folders, names, other)]
     if len(set(files)) < len(files):
         raise data.InputError(f"{' '.join(map(str, checkpoints))}: two of them would be written to one file; name each once")
@@ -460,7 +488,8 @@ def outputs(checkpoints, out):
 
 def probe(path, records, shown, image_dir, palette, args, device):
     """One checkpoint -> (its probe.json, its column of the picture). The model is freed on return."""
-    model, _ = load_checkpoint(path, device, runtime.precision(device))
+    with llava.opened(path, args.vision, args.llm) as checkpoint:
+        model, _ = load_checkpoint(checkpoint, device, runtime.precision(device))
     model.config["coverage"] = args.coverage or model.config["coverage"]
     model.eval()
     z, h, words = collect(model, records, image_dir, args.batch_size)
@@ -507,7 +536,8 @@ def main(args):
             sheet([records[i] for i in shown], columns, names).save(temporary, format="PNG")
     baseline = "runs/caption_only"
     following = f"torchrun pretrain.py --patch-weight 0 --out {baseline} && python probe.py {baseline}/ckpt.pt {args.checkpoints[0]}"
-    runtime.log(f"wrote {', '.join(map(str, files))}; next: {following if len(results) == 1 else f'look at {files[-1]}'}")
+    alone = len(results) == 1 and args.checkpoints[0].endswith(".pt")
+    runtime.log(f"wrote {', '.join(map(str, files))}; next: {following if alone else f'look at {files[-1]}'}")
 
 
 if __name__ == "__main__":

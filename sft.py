@@ -41,7 +41,7 @@ class Args:
     """Flags of sft.py. The recipe is LLaVA-1.5's stage 2; without --data, the toy world's own steps, batch and rates."""
 
     checkpoint: str = field(metadata={"positional": True})
-    """checkpoint of pretrain.py to start from; with --dry-run also the plan.pt of pretrain.py --dry-run"""
+    """checkpoint of pretrain.py, or of python model.py import, to start from; with --dry-run also the plan.pt of pretrain.py --dry-run"""
     out: str = "runs/sft"
     """folder for ckpt.pt, resume.pt and metrics.jsonl"""
     data: str = ""
@@ -149,16 +149,16 @@ def check(args: Args) -> Args:
 # ------------------------------------------------------------------------------------------------------------------------ model
 
 def check_stage(path: str, *more: str) -> dict:
-    """The config of a pretraining checkpoint, or of one of `more` stages. InputError: a checkpoint of another stage."""
+    """The config of a checkpoint from pretraining, an import, or one of `more` stages. InputError: a checkpoint of another stage."""
     checkpoint = read_checkpoint(path)
-    if checkpoint["stage"] not in ("pretrain", *more):
+    if checkpoint["stage"] not in ("pretrain", "import", *more):
         raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from one that torchrun pretrain.py has"
-                         " written")
+                         " written, or python model.py import")
     return checkpoint["config"]
 
 
 def inherit(args: Args, dtype: torch.dtype) -> PatchAlignedModel:
-    """The model of a pretraining checkpoint, ready to be tuned. InputError: a checkpoint of another stage, or see `load_checkpoint`."""
+    """The model of a checkpoint, ready to be tuned. InputError: neither pretrained nor imported, or see `load_checkpoint`."""
     check_stage(args.checkpoint)
     model, checkpoint = load_checkpoint(args.checkpoint, dtype=dtype)
     config, metrics = checkpoint["config"], checkpoint["metrics"]

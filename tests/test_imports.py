@@ -8,12 +8,13 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "projector": set(), "kernels": set(), "backbones": set(), "data": set(), "runtime": set(),
     "features": {"data", "runtime"},
-    "model": {"projector", "kernels", "data"},
+    "model": {"projector", "kernels", "data", "llava"},                                  # llava for its command line alone
+    "llava": {"model", "data", "runtime"},
     "toy": {"data", "runtime", "backbones"}, "backbones/train": {"toy", "runtime"},      # behind toy.py --train-backbones alone
     "cost": {"data", "runtime", "model", "kernels"},
     "pretrain": {"data", "runtime", "model", "features", "projector", "kernels", "toy", "cost"},
     "sft": {"data", "runtime", "model", "features", "toy", "cost"},
-    "probe": {"data", "runtime", "model", "toy"}, "eval": {"data", "runtime", "model", "toy"},
+    "probe": {"data", "runtime", "model", "llava", "toy"}, "eval": {"data", "runtime", "model", "toy"},
     "results": set(), "reproduce": {"data", "runtime", "results"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
     "kernels/measure": {"data", "runtime"}, "kernels/gpu": {"data", "runtime"},
