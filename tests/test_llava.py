@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers.models.auto.image_processing_auto import AutoImageProcessor      # by its module: earlier versions want torchvision else
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # by its module: earlier versions want torchvision else
 
 import data
 import llava
