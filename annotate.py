@@ -7,7 +7,7 @@
     python annotate.py --from refcoco --data "refs(unc).p" --instances instances.json --split val --to refer --image-dir train2014 \\
                        --out refcoco_val.jsonl                                      # records for eval.py
     python annotate.py --from llava --data llava.json --image-dir images --out llava.jsonl
-    torchrun --nproc_per_node 8 annotate.py --from images --image-dir photos --tagger microsoft/Florence-2-large \\
+    torchrun --nproc_per_node 8 annotate.py --from images --image-dir photos --tagger florence-community/Florence-2-large \\
              --detector IDEA-Research/grounding-dino-base --segmenter facebook/sam2.1-hiera-large --out photos.jsonl
     python annotate.py --inspect 4 --out coco.jsonl --image-dir train2017 --vision facebook/dinov2-small      # what training will see
 
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 import runtime
 from data import GEOMETRIES, InputError
-from formats import Objects, Source, from_coco, from_flickr30k, from_grandf, from_llava, from_refcoco, image_size
+from formats import Objects, Source, from_coco, from_flickr30k, from_grandf, from_llava, from_refcoco, image_size, listed, records_of
 
 # ------------------------------------------------------------------------------------------------------------------------- Args
 
@@ -71,6 +71,22 @@ class Args:
     """flickr30k: images are not as large as annotated, since they were resized; boxes are scaled to them"""
     request: str = "Please provide the bounding box coordinate of the region this sentence describes: {}"
     """with --to refer, what is asked; {} is the expression. The default is LLaVA-1.5's"""
+    tagger: str = "caption"
+    """images: what may be there; caption: noun phrases of the record's answer, a file of tags, or a Florence-2"""
+    detector: str = ""
+    """images: a Grounding DINO, for boxes"""
+    segmenter: str = ""
+    """images: a SAM 2, for masks of the boxes; or a SAM 3 without --detector"""
+    threshold: float = 0.35
+    """images: lowest score of a region"""
+    text_threshold: float = 0.25
+    """images: lowest score of a word of the phrase that Grounding DINO gives a box"""
+    nms: float = 0.7
+    """images: intersection over union above which the weaker of two boxes of one phrase is dropped"""
+    batch_size: int = 8
+    """images: how many at a time"""
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]})
+    """images: of the models' matrix products; auto: bfloat16 on a GPU that has it, else float32"""
     inspect: int = 0
     """draw this many images with their regions and patch labels, and print a summary"""
     vision: str = ""
@@ -89,7 +105,8 @@ SOURCES = {"coco": from_coco, "flickr30k": from_flickr30k, "grandf": from_grandf
 USES = {"coco": {"instances", "panoptic", "panoptic_dir", "captions", "captions_per_image"},
         "flickr30k": {"data", "split", "captions_per_image", "to", "request", "resized"},
         "grandf": {"data"}, "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to", "request"},
-        "llava": {"data"}, "": set()}                           # the flags that a source reads,
+        "llava": {"data"}, "": set(),                           # the flags that a source reads,
+        "images": {"data", "tagger", "detector", "segmenter", "threshold", "text_threshold", "nms", "batch_size", "dtype"}}
 LOOK = {"inspect", "vision", "grid", "geometry", "coverage", "llm"}                              # and those that do not change OUT
 
 
@@ -105,12 +122,14 @@ def check(args: Args) -> None:
             raise InputError(f"--{f.name.replace('_', '-')} is not read " + (f"by --from {args.from_}" if args.from_ else "without --from"))
     if not Path(args.image_dir or "/dev/null").is_dir():
         raise InputError(f"--image-dir {args.image_dir!r} is not a folder")
-    if args.from_ and Path(args.out).exists():
+    if args.from_ and Path(args.out).exists() and not parts_of(Path(args.out)):
         raise InputError(f"{args.out} exists; delete it to make it again, or look at it with --inspect and without --from")
     if not 0 < args.coverage <= 1:
         raise InputError(f"--coverage {args.coverage} is a share of a patch, above 0 and at most 1")
     if args.grid and not (len(args.grid) == 2 and all(n.isdigit() and int(n) for n in args.grid)):
         raise InputError(f"--grid {' '.join(args.grid)}: expected two positive numbers, rows and columns")
+    if args.batch_size < 1 or not all(0 <= share <= 1 for share in (args.threshold, args.text_threshold, args.nms)):
+        raise InputError("--batch-size is at least 1; --threshold, --text-threshold and --nms are from 0 to 1")
     if min(args.captions_per_image, args.inspect) < 0 or "{}" not in args.request:
         raise InputError("--captions-per-image and --inspect are not negative, and --request has a {}")
 
@@ -174,8 +193,10 @@ def merge(source: Source, out: Path) -> tuple[int, list[str]]:
         for at, line in part_lines(part):
             if at:
                 where[int(line[1: line.index(b",")])] = i, at
-    problems, count = list(source.problems), 0
-    with contextlib.ExitStack() as stack, runtime.atomic(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    problems, count, listing = list(source.problems), 0, Path(f"{out}.problems")
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(runtime.atomic(out))    # renamed last, so an OUT that is there is complete
+        file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
         files = [stack.enter_context(open(part, "rb")) for part in parts]
         for part, at in where.tolist():
             files[part].seek(at)
@@ -183,14 +204,55 @@ def merge(source: Source, out: Path) -> tuple[int, list[str]]:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             problems += own
             count += len(records)
-    listing = Path(f"{out}.problems")
-    listing.unlink(missing_ok=True)
-    if problems:
-        with runtime.atomic(listing) as temporary:
-            temporary.write_text("".join(problem + "\n" for problem in problems), encoding="utf-8")
+        listing.unlink(missing_ok=True)
+        if problems:
+            with runtime.atomic(listing) as noted:
+                noted.write_text("".join(problem + "\n" for problem in problems), encoding="utf-8")
     for part in parts:
         part.unlink()
     return count, problems
+
+
+# ------------------------------------------------------------------------------------------- images without regions, through models
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def from_images(args: Args) -> Source:
+    """The images of a folder, or LLaVA records: regions by open models (detect.py). Records without an image, or with regions, stay as they
+    are; an image of a folder gets Florence-2's caption, or its phrases."""
+    from detect import Annotator  # here, since no other source needs transformers
+
+    file = Objects(args.data, {None: None}, "a file of records") if args.data else None
+    folder = Path(args.image_dir)
+    names = [] if file else sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not file and args.tagger == "caption":
+        raise InputError("--tagger caption needs --data, records with captions; for a folder of images name a Florence-2 or a file of tags")
+    device = torch.device("cuda", runtime.rank() % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    annotator = Annotator(args.tagger, args.detector, args.segmenter, device, runtime.precision(device, args.dtype), args.threshold,
+                          args.text_threshold, args.nms)
+
+    def convert(numbers):
+        results, waiting = [([], []) for _ in numbers], []
+        for (records, problems), number in zip(results, numbers):
+            where = f"{args.data}: record {number}" if file else f"image {names[number]}"
+            with listed(problems, where):
+                record = file.get(None, number)[0] if file else {"image": names[number]}
+                if record.get("image") is None or record.get("regions"):
+                    records.append(record)
+                    continue
+                image = data.open_image(data.image_path(record, folder, where), where)
+                caption = next((turn["value"] for turn in record.get("conversations") or [] if turn["from"] in ("gpt", "assistant")), "")
+                waiting.append((records, problems, record, where, image, caption))
+        if waiting:
+            made = annotator([w[4] for w in waiting], [w[5] for w in waiting], [w[2]["image"] for w in waiting])
+            for (records, problems, record, where, *_), (caption, regions) in zip(waiting, made):
+                with listed(problems, where):
+                    records += [record | {"regions": regions}] if file else records_of(
+                        str(Path(record["image"]).with_suffix("")), record["image"], [caption], regions, 1)
+        return results
+
+    return Source(len(file.spans[None]) if file else len(names), convert, batch=args.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- inspect
@@ -323,14 +385,18 @@ def main(args: Args) -> None:
     """Convert, put together, report, inspect."""
     check(args)
     out = Path(args.out)
-    if args.from_:
-        if runtime.world() > 1:                                 # ranks only wait for each other, maybe for days
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        source = SOURCES[args.from_](args)
+    complete = out.exists()                                     # and maybe parts of it, where a run was stopped while it deleted them
+    if args.from_ and runtime.world() > 1:                      # ranks only wait for each other, maybe for days
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    runtime.barrier()                                           # all have checked whether OUT is there
+    if args.from_ and complete and runtime.rank() == 0:
+        for part in parts_of(out):
+            part.unlink()
+    elif args.from_ and not complete:
+        source = from_images(args) if args.from_ == "images" else SOURCES[args.from_](args)
         if not source.count:
             raise InputError(f"--from {args.from_}: no images")
         out.parent.mkdir(parents=True, exist_ok=True)
-        runtime.barrier()                                       # all have checked that OUT is not there
         write_part(source, out, {k: v for k, v in dataclasses.asdict(args).items() if k not in LOOK} | {"images": source.count})
         runtime.barrier()
         if runtime.rank() == 0:

@@ -52,7 +52,7 @@ def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
         def sign() -> str:                               # the next character that is not blank
             nonlocal at
             while True:
-                while at < len(text) and text[at] in " \t\r\n\ufeff":
+                while at < len(text) and text[at] in " \t\r\n":
                     at += 1
                 if at < len(text) or not more():
                     return text[at: at + 1]
@@ -70,8 +70,8 @@ def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
             while True:
                 try:
                     found, end = decode(text, at)
-                    if end < len(text) or found.__class__ not in (int, float):          # a number may go on in the next piece
-                        at = end
+                    if not isinstance(found, int | float) or (end < len(text) and text[end] in ",]} \t\r\n"):
+                        at = end                         # a number ends where something else begins, maybe in the next piece
                         return found
                 except json.JSONDecodeError as error:
                     reason = error.msg
@@ -94,7 +94,8 @@ def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
                 if expect(",]") == "]":
                     return
 
-        more()
+        while len(text) < 3 and more():
+            pass
         if text.startswith("\xef\xbb\xbf"):              # the byte order mark
             at = 3
         if expect("[{") == "[":
