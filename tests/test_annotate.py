@@ -197,7 +197,7 @@ def test_flickr30k_entities_to_records_and_to_referring_expressions(tmp_path):
     assert record["conversations"][1]["value"] == "Two men hold a red ball in a park ."
     assert [(r["phrase"], r["bbox"]) for r in record["regions"]] == [
         ("two men", [0, 0, 20, 30]), ("two men", [30, 1, 60, 40]), ("a red ball", [9, 9, 14, 15]), ("the ball", [9, 9, 14, 15]),
-        ("a man", [0, 0, 20, 30]), ("a man", [30, 1, 60, 40])]                                      # counted from 1, the last pixel included
+        ("a man", [0, 0, 20, 30]), ("a man", [30, 1, 60, 40])]  # counted from 1, the last pixel included
     (red, ball), problems = convert(tmp_path / "refer.jsonl", *flags, "--to", "refer", "--request", "Where is {}?")
     assert (red["answer"], red["conversations"][0]["value"], ball["conversations"][0]["value"]) == (
         [9, 9, 14, 15], "<image>\nWhere is a red ball?", "<image>\nWhere is the ball?")              # "a man": two; "two men": two boxes
