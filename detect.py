@@ -207,7 +207,7 @@ class Sam3:
             for (i, tag), own, boxes, masks in zip(chunk, scores, outputs.pred_boxes.float().cpu(), outputs.pred_masks):
                 kept = (own > self.threshold).nonzero()[:, 0]
                 boxes = boxes[kept.cpu()] * torch.tensor(images[i].size * 2)
-                found[i] += zip([tag] * len(kept), own[kept].tolist(), boxes.tolist(), upsample(masks[kept], images[i].size))
+                found[i] += zip([tag] * len(kept), own[kept].tolist(), boxes.tolist(), upsample(masks[kept].float().sigmoid() - 0.5, images[i].size))
         return found
 
 
@@ -217,11 +217,11 @@ def pixels(images: list[Image.Image], model: Sam2 | Sam3) -> torch.Tensor:
     return torch.stack([data.transform_image(image, *form) for image in images])
 
 
-def upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Mask logits (n, h, w) -> bool (n, height, width) of an image of this (width, height)."""
-    if not len(logits):
+def upsample(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Masks (n, h, w), positive inside -> bool (n, height, width) of an image of this (width, height)."""
+    if not len(masks):
         return torch.zeros(0, *size[::-1], dtype=torch.bool)
-    return (torch.nn.functional.interpolate(logits.float()[None], size[::-1], mode="bilinear", align_corners=False)[0] > 0).cpu()
+    return (torch.nn.functional.interpolate(masks.float()[None], size[::-1], mode="bilinear", align_corners=False)[0] > 0).cpu()
 
 
 # -------------------------------------------------------------------------------------------------------------- images -> regions

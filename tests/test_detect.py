@@ -49,14 +49,14 @@ def models(tmp_path_factory):
         d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
         decoder_attention_heads=2, num_queries=12, max_text_len=24)
     transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder / "dino")
-    transformers.GroundingDinoImageProcessorPil(size={"shortest_edge": 48, "longest_edge": 80}).save_pretrained(folder / "dino")
+    transformers.GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(folder / "dino")
     bert_tokenizer().save_pretrained(folder / "dino")
 
     hiera = transformers.Sam2HieraDetConfig(
-        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 1, 1], embed_dim_per_stage=[8, 16, 16, 16],
-        num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 2, 2, 2], global_attention_blocks=[2])
+        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 2, 1, 1], embed_dim_per_stage=[8, 16, 24, 32],
+        num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[2])
     config = transformers.Sam2Config(
-        vision_config=transformers.Sam2VisionConfig(backbone_config=hiera, backbone_channel_list=[16, 16, 16, 8], fpn_hidden_size=16,
+        vision_config=transformers.Sam2VisionConfig(backbone_config=hiera, backbone_channel_list=[32, 24, 16, 8], fpn_hidden_size=16,
                                                     backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]]),
         prompt_encoder_config=transformers.Sam2PromptEncoderConfig(hidden_size=16, image_size=64),
         mask_decoder_config=transformers.Sam2MaskDecoderConfig(hidden_size=16, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16))

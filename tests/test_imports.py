@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "toy": {"data", "runtime", "backbones"}, "backbones/train": {"toy", "runtime"},      # behind toy.py --train-backbones alone
     "pretrain": {"data", "runtime", "model", "projector", "kernels", "toy"}, "sft": {"data", "runtime", "model", "toy"},
     "probe": {"data", "runtime", "model", "toy"}, "eval": {"data", "runtime", "model", "toy"},
+    "formats": {"data"}, "detect": {"data"}, "annotate": {"data", "runtime", "formats", "detect", "model"},
     "results": set(), "reproduce": {"data", "runtime", "results"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
     "kernels/measure": {"data", "runtime"}, "kernels/gpu": {"data", "runtime"},
