@@ -207,7 +207,8 @@ class Sam3:
             for (i, tag), own, boxes, masks in zip(chunk, scores, outputs.pred_boxes.float().cpu(), outputs.pred_masks):
                 kept = (own > self.threshold).nonzero()[:, 0]
                 boxes = boxes[kept.cpu()] * torch.tensor(images[i].size * 2)
-                found[i] += zip([tag] * len(kept), own[kept].tolist(), boxes.tolist(), upsample(masks[kept].float().sigmoid() - 0.5, images[i].size))
+                masks = upsample(masks[kept].float().sigmoid() - 0.5, images[i].size)
+                found[i] += zip([tag] * len(kept), own[kept].tolist(), boxes.tolist(), masks)
         return found
 
 
