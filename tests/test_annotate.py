@@ -433,5 +433,5 @@ def test_inspect_shows_the_labels_that_training_sees(tmp_path, capsys, world):
     assert "2 x 2, crop, coverage 0.25: 75.0% labelled, with 2.00 words each" in said            # dog + brown dogs, brown dogs, dog, none
     assert "dog 1, brown 1, dogs 1" in said and "words are not one token" in said
     picture, left = np.asarray(Image.open(tmp_path / "out.png")), annotate.SIDE + annotate.LEGEND
-    colours = [tuple(picture[y, left + x]) for y in (100, 330) for x in (150, 380)]
-    assert len(set(colours)) == 4 and colours[3] == (0, 0, 0)                                        # a colour for each set of words
+    shown = [tuple(picture[y, left + x]) for y in (100, 330) for x in (150, 380)]
+    assert shown == [tuple(int(0.55 * n) for n in colour) for colour in (*annotate.COLOURS[:3], (0, 0, 0))]       # one for each set of words

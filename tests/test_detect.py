@@ -168,12 +168,14 @@ def test_records_get_regions(photos, models, flags, source, mask):
 
 
 def test_a_batch_gives_what_single_images_give(photos, models):
-    images = [data.open_image(photos / "images" / f"{i}.png", "") for i in range(3)]
+    images = [data.open_image(photos / "images" / f"{i}.png", "") for i in range(3)]                   # the first is 64 x 48
     tags = [["brown dog", "grass"], ["man"], ["cat", "red ball", "dog"]]
     dino = detect.GroundingDino(str(models / "dino"), torch.device("cpu"), 0.001, 0.0)
     sam2, sam3 = detect.Sam2(str(models / "sam2"), torch.device("cpu")), detect.Sam3(str(models / "sam3"), torch.device("cpu"), 0.001)
     assert [list(dino.prompts(["brown dog"] * 9))[i] for i in (0, -1)] == [["brown dog"] * 7, ["brown dog"] * 2]      # 24 tokens: 7 x 3 + 2
     boxes = [[[1, 2, 30, 40]], [], [[5, 5, 50, 20], [0, 0, 9, 9], [60, 3, 80, 30]]]
+    asked = []
+    sam2.model.register_forward_pre_hook(lambda module, _, given: asked.append(given["input_boxes"][0]), with_kwargs=True)
     with torch.inference_mode():
         together, masks, found = dino(images, tags), sam2(images, boxes), sam3(images, tags)
         for i, image in enumerate(images):
@@ -185,6 +187,7 @@ def test_a_batch_gives_what_single_images_give(photos, models):
             for a, b in zip(sorted(alone, key=lambda r: r[:2]), sorted(found[i], key=lambda r: r[:2])):
                 assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-4) and np.allclose(a[2], b[2], atol=0.05)
                 assert (a[3] == b[3]).float().mean() > 0.99
+        assert asked[0][0].tolist() == pytest.approx([1, 2 * 64 / 48, 30, 40 * 64 / 48])        # in the square of 64 that it sees
         (alone,) = dino(images[:1], tags[:1])                   # the others' padding is masked, up to what the random model makes of it
         assert len(alone) == len(together[0]) and {row[0] for row in together[2]} <= set(tags[2])
 
