@@ -417,10 +417,13 @@ def from_flickr30k(args) -> Source:
         raise InputError(f"--data {args.data!r}: expected Flickr30k Entities' folder of Sentences/ and Annotations/")
     names = read_text(Path(args.split)).split() if args.split else sorted(path.stem for path in sentences.glob("*.txt"))
 
+    files = {path.stem.split("_")[0]: path.name for path in Path(args.image_dir).iterdir()}             # Flickr8k's are named ID_more.jpg
+
     def one(number: int, problems: list[str]) -> list[dict]:
         name = names[number]
-        where = f"image {name}.jpg"
-        size = image_size(data.image_path({"image": f"{name}.jpg"}, args.image_dir, where), where)
+        image = files.get(name, f"{name}.jpg")
+        where = f"image {image}"
+        size = image_size(data.image_path({"image": image}, args.image_dir, where), where)
         try:
             lines = read_text(sentences / f"{name}.txt").splitlines()
             tree = ET.fromstring(read_text(boxes / f"{name}.xml"))
@@ -449,10 +452,10 @@ def from_flickr30k(args) -> Source:
             for phrase, entity in said:
                 named.setdefault(phrase.lower(), {})[entity] = True
             found = [(phrase, entities[entity]) for phrase, (entity, *others) in named.items() if not others]
-            return refer_records(name, f"{name}.jpg", [(phrase, own[0]) for phrase, own in found if len(own) == 1], args.request)
+            return refer_records(name, image, [(phrase, own[0]) for phrase, own in found if len(own) == 1], args.request)
         regions = dict.fromkeys((phrase.lower(), tuple(box)) for phrase, entity in said for box in entities[entity])
         captions = [PHRASE.sub(r"\2", line) for line in lines]
-        return records_of(name, f"{name}.jpg", captions, [{"phrase": p, "bbox": list(b)} for p, b in regions], args.captions_per_image)
+        return records_of(name, image, captions, [{"phrase": p, "bbox": list(b)} for p, b in regions], args.captions_per_image)
 
     return Source(len(names), each(one))
 

@@ -174,7 +174,7 @@ def test_real_coco_masks_and_patch_labels(tmp_path):
 
 
 def flickr_files(folder, size=(60, 40)):
-    photo(folder / "images" / "11.jpg", size)
+    photo(folder / "images" / "11_ab.jpg", size)
     for name in ("Sentences", "Annotations"):
         (folder / name).mkdir()
     (folder / "Sentences" / "11.txt").write_text(
@@ -202,7 +202,7 @@ def test_flickr30k_entities_to_records_and_to_referring_expressions(tmp_path):
     assert (red["answer"], red["conversations"][0]["value"], ball["conversations"][0]["value"]) == (
         [9, 9, 14, 15], "<image>\nWhere is a red ball?", "<image>\nWhere is the ball?")              # "a man": two; "two men": two boxes
     assert len(scorer.read_items([tmp_path / "refer.jsonl"], tmp_path / "images", 0)) == 2
-    photo(tmp_path / "images" / "11.jpg", (120, 20))
+    photo(tmp_path / "images" / "11_ab.jpg", (120, 20))
     assert "is 120 x 20 pixels, but its annotation says 60 x 40" in convert(tmp_path / "b.jsonl", *flags)[1][0]
     assert convert(tmp_path / "c.jsonl", *flags, "--resized")[0][0]["regions"][2]["bbox"] == [18, 4.5, 28, 7.5]
 
@@ -434,4 +434,4 @@ def test_inspect_shows_the_labels_that_training_sees(tmp_path, capsys, world):
     assert "dog 1, brown 1, dogs 1" in said and "words are not one token" in said
     picture, left = np.asarray(Image.open(tmp_path / "out.png")), annotate.SIDE + annotate.LEGEND
     shown = [tuple(picture[y, left + x]) for y in (100, 330) for x in (150, 380)]
-    assert shown == [tuple(int(0.55 * n) for n in colour) for colour in (*annotate.COLOURS[:3], (0, 0, 0))]       # one for each set of words
+    assert shown == [tuple(int(0.55 * n) for n in colour) for colour in (*annotate.COLOURS[:3], (0, 0, 0))]  # one for each set of words
