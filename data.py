@@ -319,8 +319,13 @@ def encode_rle(mask, compressed=True):
     """bool (height, width) -> {"size": [height, width], "counts": str if compressed else list}."""
     flat = np.asarray(mask, bool).T.ravel()
     edges = np.flatnonzero(np.diff(flat, prepend=False))            # a mask that begins with 1 begins with a run of no 0
-    counts = np.diff(edges, prepend=0, append=flat.size).tolist()
-    return {"size": list(np.shape(mask)), "counts": _counts_to_string(counts) if compressed else counts}
+    return encode_edges(edges, np.shape(mask), compressed)
+
+
+def encode_edges(edges, size, compressed=True):
+    """A mask of this size (height, width), given by where along its columns it changes, ascending -> its RLE, as in `encode_rle`."""
+    counts = np.diff(np.asarray(edges, np.int64), prepend=0, append=size[0] * size[1]).tolist()
+    return {"size": list(size), "counts": _counts_to_string(counts) if compressed else counts}
 
 
 def _counts_from_string(text, where):

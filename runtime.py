@@ -66,7 +66,7 @@ def parse(cls, doc: str, argv: list[str] | None = None):
             options["nargs"] = "+"
         else:
             options |= dict(type=types[f.name], choices=f.metadata.get("choices"))
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+        parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), **options)                  # from_, since from is Python's
     try:
         return cls(**vars(parser.parse_args(argv)))
     except UnicodeDecodeError:

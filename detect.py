@@ -1,0 +1,286 @@
+"""Open models of transformers that say what is where in an image: the model path of annotate.py (`--from images`), apart since the readers
+need none of it.
+
+    tags      what may be there         noun phrases of a caption, a file of tags, or Florence-2, which also writes the caption
+    boxes     where each tag is         Grounding DINO, filtered by score and non-maximum suppression
+    masks     its outline               SAM 2 from the boxes, or SAM 3 from the tags without boxes
+
+All models see a batch of images at once; weights are float32, matrix products bfloat16 on a GPU. Images are prepared with PIL.
+"""
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer
+
+import data
+from data import InputError
+
+PARTICIPLE = re.compile(r"\w{2,}ing")
+NAMES = frozenset("building ceiling clothing painting railing awning wedding king ring string wing thing spring swing sling icing frosting "
+                  "lightning pudding stuffing morning evening siding dressing earring".split())
+
+
+def noun_phrases(caption: str) -> list[str]:
+    """Candidates for noun phrases of a caption, in lower case, each once: runs of words between stop words, signs and numbers, in which a
+    word in -ing ends the run and is dropped, unless it is one of NAMES or follows an article.
+
+    A small rule (ours) without a parser: verbs in other forms stay, as in "a brown dog runs"; a detector finds what there is of them.
+    """
+    phrases, run, previous = [], [], ""
+    for word in [*re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*|[^\s\w]|\d+", caption.lower().replace("\u2019", "'")), "."]:
+        participle = PARTICIPLE.fullmatch(word) and word not in NAMES and previous not in ("a", "an", "the")
+        if data.content_words(word) and not participle:
+            run.append(word)
+        elif run:
+            phrases.append(" ".join(run))
+            run = []
+        previous = word
+    return list(dict.fromkeys(phrases))
+
+
+def read_tags(path: Path) -> dict[str, list[str]]:
+    """A file of tags, a line per image: its name, a tab, tags between bars or commas, as RAM writes them: "a.jpg<TAB>dog | grass | ball".
+    -> {name: tags}. InputError: not UTF-8, or a line without a tab."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    for i, line in enumerate(lines, 1):
+        if line.strip() and "\t" not in line:
+            raise InputError(f"{path}: line {i}: expected an image's name, a tab, and its tags: a | b | c")
+    parts = [line.split("\t", 1) for line in lines if line.strip()]
+    return {name.strip(): list(dict.fromkeys(filter(None, (tag.strip() for tag in re.split(r"[|,]", tags))))) for name, tags in parts}
+
+
+def suppress(boxes: torch.Tensor, scores: torch.Tensor, overlap: float) -> list[int]:
+    """Non-maximum suppression: the boxes (n, 4), [x0, y0, x1, y1], that remain when, from the highest score down, each removes those whose
+    intersection over union with it is above `overlap`. -> their numbers, best first."""
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+    left = scores.argsort(descending=True, stable=True)
+    kept = []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(int(best))
+        corner = torch.maximum(boxes[best, :2], boxes[left, :2]), torch.minimum(boxes[best, 2:], boxes[left, 2:])
+        common = (corner[1] - corner[0]).clamp(min=0).prod(1)
+        left = left[common <= overlap * (area[best] + area[left] - common)]
+    return kept
+
+
+def same_tag(label: str, tags: list[str]) -> str | None:
+    """The tag that a detector's label, which may be part of one or parts of several, shares the largest part of its words with."""
+    words = set(data.content_words(label))
+    shares = [len(words & set(own)) / len(own) if (own := data.content_words(tag)) else 0 for tag in tags]
+    return tags[shares.index(max(shares))] if max(shares, default=0) else None
+
+
+def load(name: str, flag: str, kinds: tuple[str, ...]):
+    """Config of a model folder or hub name. InputError: none there, or of no kind that fits the flag."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {name}: not a model folder or a hub name ({str(error).splitlines()[0]})") from None
+    if config.model_type not in kinds:
+        raise InputError(f"{flag} {name}: a {config.model_type}; expected {' or '.join(kinds)}")
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------------------------- models
+
+
+class Florence:
+    """Florence-2 as a tagger: it captions the images."""
+
+    def __init__(self, name: str, device: torch.device):
+        from transformers import CLIPImageProcessorPil, Florence2ForConditionalGeneration, Florence2Processor
+
+        self.processor = Florence2Processor(CLIPImageProcessorPil.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+        self.model = Florence2ForConditionalGeneration.from_pretrained(name).to(device).eval()
+
+    def __call__(self, images: list[Image.Image]) -> list[str]:
+        """Detailed captions, greedy."""
+        inputs = self.processor(images=images, text=["<DETAILED_CAPTION>"] * len(images), return_tensors="pt", padding=True)
+        written = self.model.generate(**inputs.to(self.model.device), max_new_tokens=128, num_beams=1, do_sample=False)
+        return [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
+
+
+class GroundingDino:
+    """Grounding DINO: tags -> boxes."""
+
+    def __init__(self, name: str, device: torch.device, threshold: float, text_threshold: float):
+        from transformers import GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil, GroundingDinoProcessor
+
+        self.processor = GroundingDinoProcessor(GroundingDinoImageProcessorPil.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+        self.model = GroundingDinoForObjectDetection.from_pretrained(name).to(device).eval()
+        self.threshold, self.text_threshold = threshold, text_threshold
+
+    def prompts(self, tags: list[str]) -> Iterator[list[str]]:
+        """The tags in as many lists as the model's longest text makes necessary."""
+        now, room = [], self.model.config.max_text_len - 2                      # [CLS] and [SEP]
+        for tag in tags:
+            need = len(self.processor.tokenizer(tag, add_special_tokens=False).input_ids) + 1                   # and a full stop
+            if now and need > room:
+                yield now
+                now, room = [], self.model.config.max_text_len - 2
+            now.append(tag)
+            room -= need
+        if now:
+            yield now
+
+    def __call__(self, images: list[Image.Image], tags: list[list[str]]) -> list[list[tuple[str, float, list[float]]]]:
+        """Per image: (tag, score, box in pixels)."""
+        found, asked = [[] for _ in images], [(i, prompt) for i, own in enumerate(tags) for prompt in self.prompts(own)]
+        for start in range(0, len(asked), max(len(images), 1)):
+            chunk = asked[start: start + len(images)]
+            inputs = self.processor(images=[images[i] for i, _ in chunk], text=[prompt for _, prompt in chunk], return_tensors="pt",
+                                    padding=True, truncation=True, max_length=self.model.config.max_text_len).to(self.model.device)
+            outputs = self.model(**inputs)
+            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+            results = self.processor.post_process_grounded_object_detection(
+                outputs, inputs.input_ids, threshold=self.threshold, text_threshold=self.text_threshold,
+                target_sizes=[images[i].size[::-1] for i, _ in chunk])
+            for (i, prompt), result in zip(chunk, results):
+                for score, box, label in zip(result["scores"].tolist(), result["boxes"].tolist(), result["text_labels"]):
+                    if tag := same_tag(label, prompt):
+                        found[i].append((tag, score, box))
+        return found
+
+
+class Sam2:
+    """SAM 2: boxes -> masks."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, name: str, device: torch.device):
+        from transformers import Sam2Model
+
+        self.model = Sam2Model.from_pretrained(name).to(device).eval()
+        self.side = self.model.config.prompt_encoder_config.image_size
+
+    def __call__(self, images: list[Image.Image], boxes: list[list[list[float]]]) -> list[torch.Tensor]:
+        """Per image: bool (its boxes, height, width). Images without boxes are not looked at."""
+        asked = [i for i, own in enumerate(boxes) if own]
+        masks = [torch.zeros(0, *image.size[::-1], dtype=torch.bool) for image in images]
+        if not asked:
+            return masks
+        scaled = [torch.tensor(boxes[i]) * (self.side / torch.tensor(images[i].size * 2)) for i in asked]
+        logits = self.model(pixel_values=pixels([images[i] for i in asked], self).to(self.model.device),
+                            input_boxes=torch.nn.utils.rnn.pad_sequence(scaled, True).to(self.model.device),
+                            multimask_output=False).pred_masks                  # (images, most boxes, 1, height / 4, width / 4)
+        for i, own in zip(asked, logits):
+            masks[i] = upsample(own[: len(boxes[i]), 0], images[i].size)
+        return masks
+
+
+class Sam3:
+    """SAM 3: tags -> masks, with boxes and scores."""
+
+    mean = std = (0.5, 0.5, 0.5)
+
+    def __init__(self, name: str, device: torch.device, threshold: float):
+        from transformers import Sam3Model
+
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = Sam3Model.from_pretrained(name).to(device).eval()
+        self.side, self.threshold = self.model.config.image_size, threshold
+
+    def __call__(self, images: list[Image.Image], tags: list[list[str]]) -> list[list[tuple[str, float, list[float], torch.Tensor]]]:
+        """Per image: (tag, score, box in pixels, mask bool (height, width)). Images are encoded once, whatever the number of their tags."""
+        from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
+
+        found, asked = [[] for _ in images], [(i, tag) for i, own in enumerate(tags) for tag in own]
+        if not asked:
+            return found
+        seen = self.model.get_vision_features(pixels(images, self).to(self.model.device))
+        for start in range(0, len(asked), len(images)):
+            chunk = asked[start: start + len(images)]
+            which = torch.tensor([i for i, _ in chunk], device=self.model.device)
+            text = self.tokenizer([tag for _, tag in chunk], return_tensors="pt", padding="max_length", truncation=True, max_length=32)
+            outputs = self.model(vision_embeds=Sam3VisionEncoderOutput(
+                fpn_hidden_states=tuple(level[which] for level in seen.fpn_hidden_states),
+                fpn_position_encoding=tuple(level[which] for level in seen.fpn_position_encoding)),
+                input_ids=text.input_ids.to(which.device), attention_mask=text.attention_mask.to(which.device))
+            scores = outputs.pred_logits.float().sigmoid() * outputs.presence_logits.float().sigmoid()          # (asked, queries)
+            for (i, tag), own, boxes, masks in zip(chunk, scores, outputs.pred_boxes.float().cpu(), outputs.pred_masks):
+                kept = (own > self.threshold).nonzero()[:, 0]
+                boxes = boxes[kept.cpu()] * torch.tensor(images[i].size * 2)
+                masks = upsample(masks[kept].float().sigmoid() - 0.5, images[i].size)
+                found[i] += zip([tag] * len(kept), own[kept].tolist(), boxes.tolist(), masks)
+        return found
+
+
+def pixels(images: list[Image.Image], model: Sam2 | Sam3) -> torch.Tensor:
+    """Images stretched to the square that a SAM sees, (n, 3, side, side)."""
+    form = model.side, "stretch", model.mean, model.std, Image.Resampling.BILINEAR
+    return torch.stack([data.transform_image(image, *form) for image in images])
+
+
+def upsample(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Masks (n, h, w), positive inside -> bool (n, height, width) of an image of this (width, height)."""
+    if not len(masks):
+        return torch.zeros(0, *size[::-1], dtype=torch.bool)
+    return (torch.nn.functional.interpolate(masks.float()[None], size[::-1], mode="bilinear", align_corners=False)[0] > 0).cpu()
+
+
+# -------------------------------------------------------------------------------------------------------------- images -> regions
+
+
+class Annotator:
+    """tagger, detector, segmenter -> regions. InputError: models of the wrong kind, or a choice of them that gives no region."""
+
+    def __init__(self, tagger: str, detector: str, segmenter: str, device: torch.device, dtype: torch.dtype, threshold: float,
+                 text_threshold: float, overlap: float):
+        self.tags_of = read_tags(Path(tagger)) if Path(tagger).is_file() else None
+        self.device, self.dtype, self.overlap = device, dtype, overlap
+        kind = load(segmenter, "--segmenter", ("sam2", "sam2_video", "sam3", "sam3_video")).model_type[:4] if segmenter else ""
+        if bool(detector) == (kind == "sam3"):
+            raise InputError("--from images needs --detector (with or without a SAM 2 as --segmenter), or a SAM 3 as --segmenter alone")
+        self.florence = self.detector = self.sam2 = self.sam3 = None
+        if tagger != "caption" and self.tags_of is None:
+            load(tagger, "--tagger (neither caption nor a file)", ("florence2",))
+            self.florence = Florence(tagger, device)
+        if detector:
+            load(detector, "--detector", ("grounding-dino",))
+            self.detector = GroundingDino(detector, device, threshold, text_threshold)
+        if kind == "sam2":
+            self.sam2 = Sam2(segmenter, device)
+        if kind == "sam3":
+            self.sam3 = Sam3(segmenter, device, threshold)
+        self.source = "+".join(Path(name).name for name in (tagger, detector, segmenter) if name)
+
+    @torch.inference_mode()
+    def __call__(self, images: list[Image.Image], captions: list[str], names: list[str]) -> list[tuple[str, list[dict]]]:
+        """RGB images, their captions ("" for none) and names -> per image its caption, Florence-2's where there was none, and its regions,
+        each {phrase, bbox or rle, score, source}, best first."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            told = self.florence(images) if self.florence else captions
+            tags = [self.tags_of.get(name, []) for name in names] if self.tags_of is not None else [noun_phrases(text) for text in told]
+            if self.sam3:
+                found = self.sam3(images, tags)
+            else:
+                found = [[(*row, None) for row in own] for own in self.detector(images, tags)]
+            found = [self.kept(own, image.size) for own, image in zip(found, images)]
+            if self.sam2:
+                masks = self.sam2(images, [[box for _, _, box, _ in own] for own in found])
+                found = [[(*row[:3], mask) for row, mask in zip(own, several)] for own, several in zip(found, masks)]
+        regions = []
+        for own in found:
+            shaped = [(tag, score, {"bbox": box} if mask is None else {"rle": data.encode_rle(mask.numpy())})
+                      for tag, score, box, mask in own if mask is None or mask.any()]           # a mask of no pixel names nothing
+            regions.append([{"phrase": tag, **shape, "score": round(score, 4), "source": self.source} for tag, score, shape in shaped])
+        return list(zip([caption or text for caption, text in zip(captions, told)], regions))
+
+    def kept(self, found: list[tuple], size: tuple[int, int]) -> list[tuple]:
+        """What is left of an image's (tag, score, box, mask) after suppression among those of one tag, boxes cut to the image of this
+        (width, height); those of other tags may overlap: a patch may have many words."""
+        rows = []
+        for tag in dict.fromkeys(row[0] for row in found):
+            own = [row for row in found if row[0] == tag]
+            boxes = torch.tensor([row[2] for row in own]).clamp(min=0).minimum(torch.tensor(size * 2)).mul(10).round().div(10)
+            solid = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0).nonzero()[:, 0]
+            for i in solid[suppress(boxes[solid], torch.tensor([row[1] for row in own])[solid], self.overlap)].tolist():
+                rows.append((tag, own[i][1], [round(n, 1) for n in boxes[i].tolist()], own[i][3]))
+        return sorted(rows, key=lambda row: -row[1])
