@@ -352,8 +352,8 @@ def lengths(model, path: str, max_length: int, micro: int) -> Lengths:
 
 
 def precision(args) -> torch.dtype:
-    """The dtype of the matrix products that --dtype means on this machine."""
-    return runtime.precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.dtype)
+    """The dtype of the matrix products that --dtype means on the GPU that may be rented: auto is bfloat16."""
+    return torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 def report(model, args, data: str, stage: str) -> None:

@@ -543,6 +543,11 @@ def import_folder(name: str, path: Path) -> None:
     size, (kind, projector), dtype = processor_size(processor), projector_of(name, llava), llava.dtype
     patch = data.sides(settings.vision_config.patch_size)
     patches = (size[0] // patch[0]) * (size[1] // patch[1])
+    image_size = size[0] if size[0] == size[1] else list(size)
+    if size[0] % patch[0] or size[1] % patch[1]:
+        image_size = 0
+        runtime.log(f"{name}: its images of {size[0]} x {size[1]} pixels are no multiple of the patches' {patch[0]} x {patch[1]}, which leave "
+                    "the rest out; here images are resized to whole patches")
     check_tower(name, llava.eval(), size, patches)
     expected = behaviour(llava, settings.image_token_id, patches, size)
 
@@ -558,7 +563,7 @@ def import_folder(name: str, path: Path) -> None:
         known = DEFAULTS | dict(geometry=geometry_of(name, processor), prompt=usable_prompt(name, tokenizer)) | ours.get("config", {})
         model = PatchAlignedModel(known | dict(
             vision=str(folders[0]), llm=str(folders[1]), projector=kind, feature_layer=settings.vision_feature_layer,
-            image_size=size[0] if size[0] == size[1] else list(size), imported=name), dtype)
+            image_size=image_size, imported=name), dtype)
         load_trained(model, projector, name)
         refuse_unless_equal(behaviour(model.eval(), settings.image_token_id, patches, size), expected, dtype, name)
         with runtime.atomic(path) as file:
