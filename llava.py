@@ -546,8 +546,8 @@ def import_folder(name: str, path: Path) -> None:
     image_size = size[0] if size[0] == size[1] else list(size)
     if size[0] % patch[0] or size[1] % patch[1]:
         image_size = 0
-        runtime.log(f"{name}: its images of {size[0]} x {size[1]} pixels are no multiple of the patches' {patch[0]} x {patch[1]}, which leave "
-                    "the rest out; here images are resized to whole patches")
+        runtime.log(f"{name}: its images of {size[0]} x {size[1]} pixels are no multiple of the patches' {patch[0]} x {patch[1]}, which "
+                    "leave the rest out; here images are resized to whole patches")
     check_tower(name, llava.eval(), size, patches)
     expected = behaviour(llava, settings.image_token_id, patches, size)
 
