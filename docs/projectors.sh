@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every projector on photographs, caption-only and patch-aligned: DINOv2-S and SmolLM2-135M on Flickr8k, 64 patches each.
 #
-#   bash docs/projectors.sh DATA [STEPS]               # STEPS of 16 captions (60); again to go on
+#   bash docs/projectors.sh DATA [STEPS]               # STEPS of 16 captions (40); again to go on
 #
 # DATA as in docs/photographs.sh. linear and mlp2x_gelu get 8 x 8 patches of 112 pixels, the pooling ones 16 x 16 of 224, pooled to 8 x 8.
 # Two runs at a time, one thread each. Writes runs/projectors/: a checkpoint, log and captions each, table.txt and probe.png.
 set -euo pipefail
-data=$(realpath "$1") steps=${2:-60}
+data=$(realpath "$1") steps=${2:-40}
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 out=runs/projectors records=$data/records common="--image-dir $data/images --dtype bfloat16"
@@ -29,4 +29,4 @@ for name in linear mlp2x_gelu pixel_shuffle c_abstractor; do
   for weight in 0 1; do echo "$name $weight $steps $name-$weight"; done
 done | { cat; echo mlp2x_gelu 0 0 untrained; } | xargs -P 2 -L 1 bash -c 'train "$0" "$1" "$2" "$3"'
 python probe.py $out/{linear,mlp2x_gelu,pixel_shuffle,c_abstractor}-{0,1}/ckpt.pt --data "$records/test.jsonl" --image-dir "$data/images" \
-  --images 200 | tee $out/table.txt
+  --images 60 --pursuit-patches 512 --show 3 | tee $out/table.txt
