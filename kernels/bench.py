@@ -364,7 +364,9 @@ def measure_step(size: str, repeats: int, write) -> None:
         optimizer.zero_grad(set_to_none=True)                  # first, since a call that ran out of memory leaves some
         with DEVICE:
             caption, ones = torch.randint(V, (images, tokens)), torch.ones(images, 1 + P + tokens, dtype=torch.long)
-            batch = dict(pixel_values=torch.randn(images, 3, vision["image_size"], vision["image_size"]), attention_mask=ones,
+            rows, columns = torch.arange(images)[:, None] * ones.shape[1], torch.arange(1, 1 + P)
+            batch = dict(pixel_values=torch.randn(images, 3, vision["image_size"], vision["image_size"]),
+                         places=(rows + columns).flatten(), first_label=1 + P,             # as data.collate reads them off
                          input_ids=torch.cat([ones[:, :1], ones[:, :P] * IMAGE_TOKEN, caption], 1),
                          labels=torch.cat([ones[:, :1 + P] * IGNORE, caption], 1),
                          patch_ids=torch.randint(V, (images, P, 4)), patch_weights=torch.full((images, P, 4), labelled / 4))
