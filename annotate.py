@@ -34,9 +34,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+import formats
 import runtime
 from data import GEOMETRIES, InputError
-from formats import Objects, Source, from_coco, from_flickr30k, from_grandf, from_llava, from_refcoco, image_size, listed, records_of
+from formats import SUFFIXES, Objects, Source, answer_of, image_size, listed, llava_record, records_of
+from projector import PROJECTORS, output_grid
 
 # ------------------------------------------------------------------------------------------------------------------------- Args
 
@@ -90,24 +92,30 @@ class Args:
     inspect: int = 0
     """draw this many images with their regions and patch labels, and print a summary"""
     vision: str = ""
-    """--inspect: an encoder, for its grid"""
-    grid: list[str] = field(default_factory=list)
-    """--inspect: rows and columns of the grid; none: 16 16, or that of --vision"""
+    """--inspect: an encoder, for its grid; this and the next four flags as for pretrain.py"""
+    image_size: int = 0
+    """--inspect: side of the encoder's square input in pixels; 0: what its image processor says"""
+    projector: str = field(default="mlp2x_gelu", metadata={"choices": list(PROJECTORS)})
+    """--inspect: kind of projector"""
+    pool: int = 2
+    """--inspect: pixel_shuffle and c_abstractor make one patch of pool x pool"""
     geometry: str = field(default="crop", metadata={"choices": list(GEOMETRIES)})
     """--inspect: how an image becomes a square"""
+    grid: list[str] = field(default_factory=list)
+    """--inspect: rows and columns of the grid on a square, without --vision; none: 16 16"""
     coverage: float = 0.25
     """--inspect: share of a patch that a region must cover to label it"""
     llm: str = ""
     """--inspect: a language model, to count the words that its tokenizer splits"""
 
 
-SOURCES = {"coco": from_coco, "flickr30k": from_flickr30k, "grandf": from_grandf, "refcoco": from_refcoco, "llava": from_llava}
 USES = {"coco": {"instances", "panoptic", "panoptic_dir", "captions", "captions_per_image"},
         "flickr30k": {"data", "split", "captions_per_image", "to", "request", "resized"},
         "grandf": {"data"}, "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to", "request"},
         "llava": {"data"}, "": set(),                           # the flags that a source reads,
         "images": {"data", "tagger", "detector", "segmenter", "threshold", "text_threshold", "nms", "batch_size", "dtype"}}
-LOOK = {"inspect", "vision", "grid", "geometry", "coverage", "llm"}                              # and those that do not change OUT
+SEEN = {"image_size", "projector", "pool"}                      # those about the encoder of --vision,
+LOOK = {"inspect", "vision", "grid", "geometry", "coverage", "llm"} | SEEN                       # and those that do not change OUT
 
 
 def check(args: Args) -> None:
@@ -118,8 +126,13 @@ def check(args: Args) -> None:
         raise InputError("--from says what to convert; without it, --inspect 4 looks at an OUT that is there")
     for f in dataclasses.fields(args):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        if getattr(args, f.name) != default and f.name not in USES[args.from_] | LOOK | {"from_", "out", "image_dir"}:
-            raise InputError(f"--{f.name.replace('_', '-')} is not read " + (f"by --from {args.from_}" if args.from_ else "without --from"))
+        given, flag = getattr(args, f.name) != default, f"--{f.name.replace('_', '-')}"
+        if given and f.name not in USES[args.from_] | LOOK | {"from_", "out", "image_dir"}:
+            raise InputError(f"{flag} is not read " + (f"by --from {args.from_}" if args.from_ else "without --from"))
+        if given and f.name in (SEEN if not args.vision else {"grid"}):
+            raise InputError(f"{flag} is not read with{'' if args.vision else 'out'} --vision, an encoder")
+    if args.inspect and args.to == "refer":
+        raise InputError("--inspect draws regions, which the records of --to refer do not have")
     if not Path(args.image_dir or "/dev/null").is_dir():
         raise InputError(f"--image-dir {args.image_dir!r} is not a folder")
     if args.from_ and Path(args.out).exists() and not parts_of(Path(args.out)):
@@ -130,8 +143,8 @@ def check(args: Args) -> None:
         raise InputError(f"--grid {' '.join(args.grid)}: expected two positive numbers, rows and columns")
     if args.batch_size < 1 or not all(0 <= share <= 1 for share in (args.threshold, args.text_threshold, args.nms)):
         raise InputError("--batch-size is at least 1; --threshold, --text-threshold and --nms are from 0 to 1")
-    if min(args.captions_per_image, args.inspect) < 0 or "{}" not in args.request:
-        raise InputError("--captions-per-image and --inspect are not negative, and --request has a {}")
+    if min(args.captions_per_image, args.inspect, args.pool - 1) < 0 or "{}" not in args.request:
+        raise InputError("--captions-per-image and --inspect are not negative, --pool is at least 1, and --request has a {}")
 
 
 # ------------------------------------------------------------------------------------------------------------ parts, then the whole
@@ -148,6 +161,19 @@ def part_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 return
             yield at, line
             at += len(line)
+
+
+def part_line(number: int, records: list[dict], problems: list[str]) -> bytes:
+    """The line of an image. A text with half of a surrogate pair (an emoji cut in two, a file name in another encoding) cannot be
+    written, nor read in training: it costs its record."""
+    kept = []
+    for record in records:
+        text = json.dumps(record, ensure_ascii=False)
+        if text.isascii() or text == text.encode(errors="replace").decode():
+            kept.append(record)
+        else:
+            problems = [*problems, f"record {record.get('id')}: a text or file name is not Unicode (half of a surrogate pair)"]
+    return (json.dumps([number, kept, problems], ensure_ascii=False) + "\n").encode(errors="replace")
 
 
 def parts_of(out: Path) -> list[Path]:
@@ -180,7 +206,7 @@ def write_part(source: Source, out: Path, header: dict) -> None:
             numbers = range(start, min(start + source.batch, source.count))
             for number, (records, problems) in zip(numbers, source.convert(numbers)):
                 if not done[number]:
-                    file.write((json.dumps([number, records, problems], ensure_ascii=False) + "\n").encode())
+                    file.write(part_line(number, records, problems))
             file.flush()
 
 
@@ -193,7 +219,7 @@ def merge(source: Source, out: Path) -> tuple[int, list[str]]:
         for at, line in part_lines(part):
             if at:
                 where[int(line[1: line.index(b",")])] = i, at
-    problems, count, listing = list(source.problems), 0, Path(f"{out}.problems")
+    problems, count, listing = [text.encode(errors="replace").decode() for text in source.problems], 0, Path(f"{out}.problems")
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(runtime.atomic(out))    # renamed last, so an OUT that is there is complete
         file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
@@ -215,12 +241,10 @@ def merge(source: Source, out: Path) -> tuple[int, list[str]]:
 
 # ------------------------------------------------------------------------------------------- images without regions, through models
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
 
 def from_images(args: Args) -> Source:
     """The images of a folder, or LLaVA records: regions by open models (detect.py). Records without an image, or with regions, stay as they
-    are; an image of a folder gets Florence-2's caption, or its phrases."""
+    are, see `llava_record`; an image of a folder gets Florence-2's caption, or its phrases."""
     from detect import Annotator  # here, since no other source needs transformers
 
     file = Objects(args.data, {None: None}, "a file of records") if args.data else None
@@ -232,6 +256,26 @@ def from_images(args: Args) -> Source:
     annotator = Annotator(args.tagger, args.detector, args.segmenter, device, runtime.precision(device, args.dtype), args.threshold,
                           args.text_threshold, args.nms)
 
+    def annotate(waiting):
+        made, reason = [], ""
+        try:
+            made = annotator([w[4] for w in waiting], [w[5] for w in waiting], [w[2]["image"] for w in waiting])
+        except torch.OutOfMemoryError:
+            raise InputError(f"--batch-size {args.batch_size}: out of GPU memory at {waiting[0][3]}; lower it and start again") from None
+        except torch.AcceleratorError:                          # after it the GPU answers nothing more, whatever the image
+            raise
+        except Exception as error:                              # of the models, on one of these images
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if reason and len(waiting) > 1:                         # which one: each is tried alone
+            for alone in waiting:
+                annotate([alone])
+        elif reason:
+            waiting[0][1].append(f"{waiting[0][3]}: the models fail on it ({reason})")
+        for (records, problems, record, where, *_), (caption, regions) in zip(waiting, made):
+            with listed(problems, where):
+                records += [record | {"regions": regions}] if file else records_of(
+                    str(Path(record["image"]).with_suffix("")), record["image"], [caption], regions, 1, problems)
+
     def convert(numbers):
         results, waiting = [([], []) for _ in numbers], []
         for (records, problems), number in zip(results, numbers):
@@ -239,17 +283,13 @@ def from_images(args: Args) -> Source:
             with listed(problems, where):
                 record = file.get(None, number)[0] if file else {"image": names[number]}
                 if record.get("image") is None or record.get("regions"):
-                    records.append(record)
+                    records.append(llava_record(record, args, where, problems))
                     continue
+                caption = answer_of(record, where)
                 image = data.open_image(data.image_path(record, folder, where), where)
-                caption = next((turn["value"] for turn in record.get("conversations") or [] if turn["from"] in ("gpt", "assistant")), "")
                 waiting.append((records, problems, record, where, image, caption))
         if waiting:
-            made = annotator([w[4] for w in waiting], [w[5] for w in waiting], [w[2]["image"] for w in waiting])
-            for (records, problems, record, where, *_), (caption, regions) in zip(waiting, made):
-                with listed(problems, where):
-                    records += [record | {"regions": regions}] if file else records_of(
-                        str(Path(record["image"]).with_suffix("")), record["image"], [caption], regions, 1)
+            annotate(waiting)
         return results
 
     return Source(len(file.spans[None]) if file else len(names), convert, batch=args.batch_size)
@@ -262,10 +302,11 @@ FONT = ImageFont.load_default(13)
 SIDE, LEGEND, SAMPLE = 448, 260, 1000                           # pixels of a panel, of a list beside it; records whose patches are counted
 
 
-def grid_of(args: Args) -> tuple[int, int]:
-    """(rows, columns) of --grid, or of the encoder of --vision. InputError: not an encoder with patches."""
-    if args.grid or not args.vision:
-        return tuple(map(int, args.grid)) or (16, 16)
+def grid_of(args: Args) -> tuple[tuple[int, int], float]:
+    """(rows, columns) of the patches, and width / height of the encoder's input, as in training with these flags; of a square with --grid.
+    InputError: not an encoder with patches, or sizes that do not fit them."""
+    if not args.vision:
+        return tuple(map(int, args.grid)) or (16, 16), 1.0
     from transformers import AutoConfig
 
     from model import encoder_input, find_model, load_backbone, read_processor
@@ -275,7 +316,12 @@ def grid_of(args: Args) -> tuple[int, int]:
     settings = getattr(settings, "vision_config", settings)
     if not hasattr(settings, "patch_size"):
         raise InputError(f"--vision {args.vision}: a {settings.model_type} has no patches; use a vision transformer such as CLIP")
-    return encoder_input(0, read_processor(name), settings)[1]
+    size, grid = encoder_input(args.image_size, read_processor(name), settings)
+    height, width = data.sides(size)
+    try:
+        return output_grid(args.projector, grid, args.pool), width / height
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
 def overlay(image: Image.Image, masks: list[np.ndarray]) -> Image.Image:
@@ -298,24 +344,24 @@ def legend(names: list[str], lines: int) -> Image.Image:
     return panel
 
 
-def look(record: dict, image: Image.Image, args: Args, grid: tuple[int, int]) -> Image.Image:
+def look(record: dict, image: Image.Image, args: Args, grid: tuple[int, int], aspect: float) -> Image.Image:
     """One row of the picture: the image with its regions, their phrases, the encoder's view with the words of each patch, these words."""
     regions = record["regions"]
     masks = [data.region_mask(region, image.size, f"record {record.get('id')}") for region in regions]
     whole = overlay(image, masks)
     whole.thumbnail((SIDE, SIDE))
 
-    words = data.patch_words(regions, image.size, args.geometry, grid, args.coverage, f"record {record.get('id')}")
+    words = data.patch_words(regions, image.size, args.geometry, grid, args.coverage, f"record {record.get('id')}", aspect)
     sets = [own for own, _ in Counter(map(tuple, filter(None, words))).most_common()]
-    x0, y0, x1, y1 = data.view_box(image.size, args.geometry)
-    view = image.crop((x0, y0, x1, y1)).resize((SIDE, SIDE))    # what lies outside of the image is black
-    cell_y, cell_x = np.arange(SIDE) * grid[0] // SIDE, np.arange(SIDE) * grid[1] // SIDE
-    cells = np.array([sets.index(tuple(own)) if own else -1 for own in words]).reshape(grid)[cell_y][:, cell_x]        # (SIDE, SIDE)
+    width, height = round(SIDE * min(aspect, 1)), round(SIDE / max(aspect, 1))
+    view = image.crop(data.view_box(image.size, args.geometry, aspect)).resize((width, height))         # outside of the image it is black
+    cell_y, cell_x = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
+    cells = np.array([sets.index(tuple(own)) if own else -1 for own in words]).reshape(grid)[cell_y][:, cell_x]        # (height, width)
     view = overlay(view, [cells == i for i in range(len(sets))])
     draw = ImageDraw.Draw(view)
     for i, own in enumerate(words):
-        top, left = (i // grid[1]) * SIDE / grid[0], (i % grid[1]) * SIDE / grid[1]
-        draw.rectangle((left, top, left + SIDE / grid[1], top + SIDE / grid[0]), outline=(255, 255, 255))
+        top, left = (i // grid[1]) * height / grid[0], (i % grid[1]) * width / grid[1]
+        draw.rectangle((left, top, left + width / grid[1], top + height / grid[0]), outline=(255, 255, 255))
         if own:
             draw.text((left + 2, top + 1), str(sets.index(tuple(own))), fill="white", font=FONT)
     row = Image.new("RGB", (2 * (SIDE + LEGEND), SIDE), "white")
@@ -328,14 +374,15 @@ def look(record: dict, image: Image.Image, args: Args, grid: tuple[int, int]) ->
 def inspect(args: Args) -> None:
     """Print the summary of OUT, and write the picture of args.inspect of its images. Images, regions and words are counted in all of it,
     patches in SAMPLE records at even steps."""
-    grid = grid_of(args)
+    grid, aspect = grid_of(args)
     file = Objects(args.out, {None: None}, "a file of records")
     images, regions, frequency, annotated = set(), 0, Counter(), []
     for number in file.spans[None]:
         record = file.get(None, number)[0]
         images |= {record["image"]} if record.get("image") else set()
         regions += len(record.get("regions") or [])
-        frequency.update(word for r in record.get("regions") or [] for word in data.content_words(r["phrase"]))
+        frequency.update(word for r in record.get("regions") or []
+                         for word in data.content_words(data.region_phrase(r, f"{args.out}: record {record.get('id')}")))
         if record.get("regions"):
             annotated.append(number)
     if not annotated:
@@ -349,7 +396,7 @@ def inspect(args: Args) -> None:
         record = file.get(None, number)[0]
         where = f"{args.out}: record {record.get('id')}"
         size = image_size(data.image_path(record, args.image_dir, where), where)
-        sizes.update(map(len, data.patch_words(record["regions"], size, args.geometry, grid, args.coverage, where)))
+        sizes.update(map(len, data.patch_words(record["regions"], size, args.geometry, grid, args.coverage, where, aspect)))
     labelled = sizes.total() - sizes[0]
     print(f"{len(file.spans[None])} records, {len(annotated)} of them with regions; {len(images)} images; {regions} regions, "
           f"{regions / len(annotated):.1f} a record; {len(frequency)} different words")
@@ -369,13 +416,12 @@ def inspect(args: Args) -> None:
     for number in spread(args.inspect):
         record = file.get(None, number)[0]
         where = f"{args.out}: record {record.get('id')}"
-        rows.append(look(record, data.open_image(data.image_path(record, args.image_dir, where), where), args, grid))
+        rows.append(look(record, data.open_image(data.image_path(record, args.image_dir, where), where), args, grid, aspect))
     picture = Image.new("RGB", (rows[0].width, (SIDE + 8) * len(rows)), "white")
     for i, row in enumerate(rows):
         picture.paste(row, (0, (SIDE + 8) * i))
     with runtime.atomic(Path(args.out).with_suffix(".png")) as temporary:
         picture.save(temporary, "png")
-    print(f"wrote {Path(args.out).with_suffix('.png')}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -393,7 +439,7 @@ def main(args: Args) -> None:
         for part in parts_of(out):
             part.unlink()
     elif args.from_ and not complete:
-        source = from_images(args) if args.from_ == "images" else SOURCES[args.from_](args)
+        source = from_images(args) if args.from_ == "images" else getattr(formats, f"from_{args.from_}")(args)
         if not source.count:
             raise InputError(f"--from {args.from_}: no images")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -406,7 +452,9 @@ def main(args: Args) -> None:
                 print("  " + problem)
     if args.inspect and runtime.rank() == 0:
         inspect(args)
-    runtime.log(f"wrote {out}; next: python pretrain.py --data {out} --image-dir {args.image_dir}")
+    wrote = " and ".join([str(out)] * bool(args.from_) + [str(out.with_suffix(".png"))] * bool(args.inspect))
+    following = "eval.py runs/sft/ckpt.pt" if args.to == "refer" else "pretrain.py"
+    runtime.log(f"wrote {wrote}; next: python {following} --data {out} --image-dir {args.image_dir}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
     """(list's name, element, first byte, last byte + 1) of every element of the lists of a JSON object, or of a JSON list (name None).
 
     The file is read a piece at a time and decoded as Latin-1, a character for a byte, so that positions in the text are positions in the
-    file; whoever needs an element's texts reads it again from there. InputError: not UTF-8, or not JSON.
+    file; elements beyond ASCII are then read again as UTF-8. InputError: not UTF-8, or not JSON.
     """
     decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")()
     text, base, at, size = "", 0, 0, 2**18
@@ -71,8 +71,8 @@ def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
                 try:
                     found, end = decode(text, at)
                     if not isinstance(found, int | float) or (end < len(text) and text[end] in ",]} \t\r\n"):
-                        at = end                         # a number ends where something else begins, maybe in the next piece
-                        return found
+                        own, at = text[at:end], end      # a number ends where something else begins, maybe in the next piece
+                        return found if own.isascii() else json.loads(own.encode("latin-1").decode())
                 except json.JSONDecodeError as error:
                     reason = error.msg
                 else:
@@ -151,7 +151,7 @@ class Objects:
         for start, end in zip(spans[::2], spans[1::2]):
             self.file.seek(start)
             try:
-                found.append(json.loads(self.file.read(end - start).decode()))
+                found.append(json.loads(self.file.read(end - start).decode("utf-8-sig")))                # a first line may have a mark
             except UnicodeDecodeError:
                 raise InputError(f"{self.path}: byte {start}: not UTF-8 text") from None
             except json.JSONDecodeError as error:
@@ -160,6 +160,8 @@ class Objects:
 
 
 # ------------------------------------------------------------------------------------------------------------- images and masks
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}           # of images
 
 
 def image_size(path: Path, where: str) -> tuple[int, int]:
@@ -267,7 +269,7 @@ def listed(problems: list[str], where: str):
         yield
     except InputError as error:
         problems.append(str(error))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         problems.append(f"{where}: not of the expected form ({type(error).__name__}: {error})")
 
 
@@ -285,11 +287,24 @@ def each(one: Callable[[int, list[str]], list[dict]]) -> Callable:
     return convert
 
 
-def records_of(name: str, image: str, captions: list[str], regions: list[dict], limit: int) -> list[dict]:
+def named(regions: list[dict], where: str, problems: list[str]) -> list[dict]:
+    """The regions that have a phrase; training refuses others."""
+    kept = []
+    for i, region in enumerate(regions):
+        with listed(problems, where):
+            data.region_phrase(region, f"{where}: regions[{i}]")
+            kept.append(region)
+    return kept
+
+
+def records_of(name: str, image: str, captions: list[str], regions: list[dict], limit: int, problems: list[str]) -> list[dict]:
     """The records of an image: one for each of its first `limit` captions (0: all), each with all regions. An image without captions is
     described by its phrases. InputError: neither."""
-    captions = [text.strip() for text in captions if text.strip()]
-    captions = captions or [", ".join(dict.fromkeys(r["phrase"] for r in regions))]
+    regions, told = named(regions, f"image {name}", problems), []
+    for text in captions:
+        with listed(problems, f"image {name}: caption {text!r}"):
+            told += [text.strip()] if text.strip() else []
+    captions = told or [", ".join(dict.fromkeys(r["phrase"] for r in regions))]
     if not captions[0]:
         raise InputError(f"image {name}: has no caption and no region")
     captions = captions[: limit or None]
@@ -298,11 +313,11 @@ def records_of(name: str, image: str, captions: list[str], regions: list[dict], 
              **({"regions": regions} if regions else {})} for i, text in enumerate(captions)]
 
 
-def refer_records(name: str, image: str, boxes: list[tuple[str, list[float]]], request: str) -> list[dict]:
-    """Evaluation records of an image's referring expressions, each with its box."""
-    return [{"id": f"{name}_{i}", "image": image, "task": "refer", "answer": box,
-             "conversations": [{"from": "human", "value": "<image>\n" + request.replace("{}", phrase)}]}
-            for i, (phrase, box) in enumerate(boxes)]
+def refer_records(name: str, image: str, regions: list[dict], request: str, problems: list[str]) -> list[dict]:
+    """Evaluation records of an image's referring expressions, the phrases of regions that are boxes."""
+    return [{"id": f"{name}_{i}", "image": image, "task": "refer", "answer": region["bbox"],
+             "conversations": [{"from": "human", "value": "<image>\n" + request.replace("{}", region["phrase"])}]}
+            for i, region in enumerate(named(regions, f"image {name}", problems))]
 
 
 def corners(box, size: tuple[int, int], where: str) -> list[float]:
@@ -318,6 +333,8 @@ def shape_of(annotation: dict, size: tuple[int, int], where: str) -> dict:
     form = annotation.get("segmentation")
     if isinstance(form, list) and form:
         data.region_kind({"polygon": form}, where)
+        if np.abs(np.concatenate(form)).max() > 2 * max(size):  # its outline is walked point by point
+            raise InputError(f"{where}: reaches far outside of its {size[0]} x {size[1]} image")
         form = polygon_rle(form, size)
         if form["counts"] == data.encode_edges([], form["size"])["counts"]:
             raise InputError(f"{where}: covers no pixel")
@@ -385,7 +402,7 @@ def from_coco(args) -> Source:
                                 raise InputError(f"{spot}: covers no pixel of {folder / a['file_name']}")
                             regions.append(region("panoptic", s, lambda s=s, rles=rles: {"rle": rles[s["id"]]}, spot))
         captions = [a.get("caption") or "" for a in files["captions"].get("annotations", key)] if "captions" in files else []
-        return records_of(str(key), info["file_name"], captions, regions, args.captions_per_image)
+        return records_of(str(key), info["file_name"], captions, regions, args.captions_per_image, problems)
 
     return Source(len(images), each(one), problems)
 
@@ -416,8 +433,8 @@ def from_flickr30k(args) -> Source:
     if not args.data or not sentences.is_dir() or not boxes.is_dir():
         raise InputError(f"--data {args.data!r}: expected Flickr30k Entities' folder of Sentences/ and Annotations/")
     names = read_text(Path(args.split)).split() if args.split else sorted(path.stem for path in sentences.glob("*.txt"))
-
-    files = {path.stem.split("_")[0]: path.name for path in Path(args.image_dir).iterdir()}             # Flickr8k's are named ID_more.jpg
+    files = {path.stem.split("_")[0]: path.name for path in sorted(Path(args.image_dir).iterdir(), reverse=True)
+             if path.suffix.lower() in SUFFIXES}                # ID.jpg; Flickr8k's are named ID_more.jpg
 
     def one(number: int, problems: list[str]) -> list[dict]:
         name = names[number]
@@ -448,14 +465,16 @@ def from_flickr30k(args) -> Source:
                         entities.setdefault(entity.text, []).append(box)
         said = dict.fromkeys((phrase, entity) for line in lines for entity, phrase in PHRASE.findall(line) if entity in entities)
         if args.to == "refer":
-            named = {}
+            entities_of = {}
             for phrase, entity in said:
-                named.setdefault(phrase.lower(), {})[entity] = True
-            found = [(phrase, entities[entity]) for phrase, (entity, *others) in named.items() if not others]
-            return refer_records(name, image, [(phrase, own[0]) for phrase, own in found if len(own) == 1], args.request)
+                entities_of.setdefault(phrase.lower(), {})[entity] = True
+            found = [(phrase, entities[entity]) for phrase, (entity, *others) in entities_of.items() if not others]
+            regions = [{"phrase": phrase, "bbox": own[0]} for phrase, own in found if len(own) == 1]
+            return refer_records(name, image, regions, args.request, problems)
         regions = dict.fromkeys((phrase.lower(), tuple(box)) for phrase, entity in said for box in entities[entity])
         captions = [PHRASE.sub(r"\2", line) for line in lines]
-        return records_of(name, image, captions, [{"phrase": p, "bbox": list(b)} for p, b in regions], args.captions_per_image)
+        regions = [{"phrase": phrase, "bbox": list(box)} for phrase, box in regions]
+        return records_of(name, image, captions, regions, args.captions_per_image, problems)
 
     return Source(len(names), each(one))
 
@@ -483,16 +502,20 @@ def from_grandf(args) -> Source:
             same_size(item, size, where)
         caption, shapes = item["caption"].strip('"').strip(), []
         for phrase, grounding in (item.get("groundings") or {}).items():
-            shapes += [(phrase, {"segmentation": rle}) for rle in grounding["rle_masks"]]
-        shapes += [(ref["sentence"], ref) for ref in item.get("refs") or []]
+            with listed(problems, f"{where}: {phrase!r}"):
+                shapes += [(phrase, {"segmentation": rle}) for rle in grounding["rle_masks"]]
+        for i, ref in enumerate(item.get("refs") or []):
+            with listed(problems, f"{where}: refs[{i}]"):
+                shapes.append((ref["sentence"], ref))
         for a in file.get("annotations", key) if coco else []:
-            first, last = a["tokens_positive"][0]
-            shapes.append((item["caption"][first:last], {"segmentation": a["sam_mask"]}))
+            with listed(problems, f"{where}: annotation {a.get('id')}"):
+                first, last = a["tokens_positive"][0]
+                shapes.append((item["caption"][first:last], {"segmentation": a["sam_mask"]}))
         regions = []
         for phrase, shape in shapes:
             with listed(problems, f"{where}: {phrase!r}"):
                 regions.append({"phrase": phrase, **shape_of(shape, size, f"{where}: {phrase!r}")})
-        return records_of(str(item.get("image_id", item.get("id", key))) , image, [caption], regions, 1)
+        return records_of(str(item.get("image_id", item.get("id", key))), image, [caption], regions, 1, problems)
 
     return Source(len(keys), each(one))
 
@@ -510,7 +533,7 @@ def from_refcoco(args) -> Source:
     if not args.data or not args.instances:
         raise InputError("--from refcoco needs --data, REFER's refs(...).p, and --instances, the instances.json beside it")
     try:
-        refs = PlainUnpickler(io.BytesIO(Path(args.data).read_bytes()), encoding="latin-1").load()              # written by Python 2
+        refs = PlainUnpickler(io.BytesIO(Path(args.data).read_bytes()), encoding="utf-8", errors="replace").load()      # by Python 2
         images, splits = {}, Counter(ref["split"] for ref in refs)
         for ref in refs:
             if args.split in ("", ref["split"]):
@@ -526,7 +549,7 @@ def from_refcoco(args) -> Source:
     keys = list(images)
 
     def one(number: int, problems: list[str]) -> list[dict]:
-        key, regions, boxes = keys[number], [], []
+        key, regions = keys[number], []
         info = next(iter(file.get("images", key)), None)
         if info is None:
             raise InputError(f"{args.data}: image {key} is not in {args.instances}")
@@ -541,32 +564,47 @@ def from_refcoco(args) -> Source:
                     raise InputError(f"{spot} is not there")
                 if args.to == "refer":
                     box = corners(annotation.get("bbox"), size, spot)
-                    boxes += [(sentence, box) for sentence in sentences]
+                    regions += [{"phrase": sentence, "bbox": box} for sentence in sentences]
                 else:
                     shape = shape_of(annotation, size, spot)
                     regions += [{"phrase": sentence, **shape} for sentence in dict.fromkeys(sentences)]
         if args.to == "refer":
-            return refer_records(str(key), info["file_name"], boxes, args.request)
-        captions = [a["caption"] for a in told.get("annotations", key)] if told else []
-        return records_of(str(key), info["file_name"], captions, regions, args.captions_per_image)
+            return refer_records(str(key), info["file_name"], regions, args.request, problems)
+        captions = [a.get("caption") or "" for a in told.get("annotations", key)] if told else []
+        return records_of(str(key), info["file_name"], captions, regions, args.captions_per_image, problems)
 
     return Source(len(keys), each(one))
 
 
+def answer_of(record: dict, where: str) -> str:
+    """What the assistant first says in a LLaVA record, "" for nothing. InputError: a turn without a role or text; training refuses it."""
+    said = []
+    for i, turn in enumerate(record.get("conversations") or []):
+        if turn["from"] not in data.ROLES or not isinstance(turn["value"], str):
+            raise InputError(f'{where}: turn {i} is not {{"from": "human" or "gpt", "value": text}}')
+        said += [turn["value"]] if data.ROLES[turn["from"]] == "assistant" else []
+    return said[0] if said else ""
+
+
+def llava_record(record: dict, args, where: str, problems: list[str]) -> dict:
+    """A LLaVA record as it is, without the regions that do not fit its image. InputError: its image is broken, or a turn is not text."""
+    answer_of(record, where)
+    if record.get("image") is None:
+        return record
+    size, regions = image_size(data.image_path(record, args.image_dir, where), where), []
+    for i, region in enumerate(record.get("regions") or []):
+        with listed(problems, f"{where}: regions[{i}]"):
+            data.region_phrase(region, f"{where}: regions[{i}]")
+            regions.append(checked(region, size, f"{where}: regions[{i}]"))
+    return record | {"regions": regions} if "regions" in record else record
+
+
 def from_llava(args) -> Source:
-    """LLaVA records as they are, images and regions checked: a record whose image is broken is left out, so is a region that fits none."""
+    """LLaVA records as they are, see `llava_record`."""
     file = Objects(args.data, {None: None}, "a file of records")
 
     def one(number: int, problems: list[str]) -> list[dict]:
         record = file.get(None, number)[0]
-        where = f"{args.data}: record {record.get('id', number)}"
-        if record.get("image") is None:
-            return [record]
-        size, regions = image_size(data.image_path(record, args.image_dir, where), where), []
-        for i, region in enumerate(record.get("regions") or []):
-            with listed(problems, f"{where}: regions[{i}]"):
-                data.region_phrase(region, f"{where}: regions[{i}]")
-                regions.append(checked(region, size, f"{where}: regions[{i}]"))
-        return [record | {"regions": regions} if "regions" in record else record]
+        return [llava_record(record, args, f"{args.data}: record {record.get('id', number)}", problems)]
 
     return Source(len(file.spans[None]), each(one))

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "pretrain": {"data", "runtime", "model", "features", "projector", "kernels", "toy", "cost"},
     "sft": {"data", "runtime", "model", "features", "toy", "cost"},
     "probe": {"data", "runtime", "model", "llava", "toy"}, "eval": {"data", "runtime", "model", "toy"},
-    "formats": {"data"}, "detect": {"data"}, "annotate": {"data", "runtime", "formats", "detect", "model"},
+    "formats": {"data"}, "detect": {"data"}, "annotate": {"data", "runtime", "formats", "detect", "model", "projector"},
     "results": set(), "reproduce": {"data", "runtime", "results"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
     "kernels/measure": {"data", "runtime"}, "kernels/gpu": {"data", "runtime"},
