@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ import annotate
 import data
 import eval as scorer
 import formats
+import pretrain
 from data import InputError
+from model import PatchAlignedModel
 
 ROOT = Path(annotate.__file__).parent
 
@@ -175,6 +178,7 @@ def test_real_coco_masks_and_patch_labels(tmp_path):
 
 def flickr_files(folder, size=(60, 40)):
     photo(folder / "images" / "11_ab.jpg", size)
+    (folder / "images" / "11.json").write_text("{}")            # no image
     for name in ("Sentences", "Annotations"):
         (folder / name).mkdir()
     (folder / "Sentences" / "11.txt").write_text(
@@ -190,7 +194,7 @@ def flickr_files(folder, size=(60, 40)):
     return ["--from", "flickr30k", "--data", folder, "--image-dir", folder / "images"]
 
 
-def test_flickr30k_entities_to_records_and_to_referring_expressions(tmp_path):
+def test_flickr30k_entities_to_records_and_to_referring_expressions(tmp_path, capsys):
     flags = flickr_files(tmp_path)
     (record,), problems = convert(tmp_path / "out.jsonl", *flags)
     assert not problems
@@ -202,9 +206,14 @@ def test_flickr30k_entities_to_records_and_to_referring_expressions(tmp_path):
     assert (red["answer"], red["conversations"][0]["value"], ball["conversations"][0]["value"]) == (
         [9, 9, 14, 15], "<image>\nWhere is a red ball?", "<image>\nWhere is the ball?")              # "a man": two; "two men": two boxes
     assert len(scorer.read_items([tmp_path / "refer.jsonl"], tmp_path / "images", 0)) == 2
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f"next: python eval.py runs/sft/ckpt.pt --data {tmp_path / 'refer.jsonl'} --image-dir {tmp_path / 'images'}")
     photo(tmp_path / "images" / "11_ab.jpg", (120, 20))
     assert "is 120 x 20 pixels, but its annotation says 60 x 40" in convert(tmp_path / "b.jsonl", *flags)[1][0]
     assert convert(tmp_path / "c.jsonl", *flags, "--resized")[0][0]["regions"][2]["bbox"] == [18, 4.5, 28, 7.5]
+    xml = tmp_path / "Annotations" / "11.xml"
+    xml.write_text(xml.read_text().replace("<width>60<", "<width>0<"))
+    assert "ZeroDivisionError" in convert(tmp_path / "d.jsonl", *flags, "--resized")[1][0]
 
 
 def test_grandf_in_its_three_forms(tmp_path):
@@ -215,16 +224,18 @@ def test_grandf_in_its_three_forms(tmp_path):
     rle["counts"] = rle["counts"].decode()
     forms = {
         "psg": [{"file_name": "a.jpg", "image_id": "9", "caption": '"A dog on grass."', "groundings": {
-            "A dog": {"token_positives": [0, 5], "rle_masks": [rle, rle]}}}],
+            "grass": {"token_positives": [9, 14]}, "A dog": {"token_positives": [0, 5], "rle_masks": [rle, rle]}}}],
         "refcocog": [{"9": {"img_file_name": "a.jpg", "caption": '"A dog on grass."', "refs": [
-            {"sentence": "A dog", "segmentation": [ring]}]}}],
+            {"segmentation": [ring]}, {"sentence": "A dog", "segmentation": [ring]}]}}],
         "flickr": {"images": [{"id": 9, "file_name": "a.jpg", "width": 50, "height": 40, "caption": "A dog on grass."}], "annotations": [
+            {"id": 0, "image_id": 9, "tokens_positive": [], "sam_mask": rle},
             {"id": 1, "image_id": 9, "tokens_positive": [[0, 5]], "sam_mask": rle, "bbox": [0, 0, 5, 5]}]}}
     for name, content in forms.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         (record,), problems = convert(tmp_path / f"{name}.jsonl", "--from", "grandf", "--data", tmp_path / f"{name}.json",
                                       "--image-dir", tmp_path / "images")
-        assert not problems and record["conversations"][1]["value"] == "A dog on grass.", name
+        assert record["conversations"][1]["value"] == "A dog on grass.", name
+        assert len(problems) == 1 and "not of the expected form" in problems[0], problems               # the malformed one, alone
         assert len(record["regions"]) == (2 if name == "psg" else 1)
         assert all(r["phrase"] == "A dog" and (data.region_mask(r, size, "") == mask).all() for r in record["regions"])
 
@@ -234,19 +245,20 @@ def test_refcoco_to_records_and_to_referring_expressions(tmp_path):
     refs = [{"ref_id": i, "ann_id": a, "image_id": image, "split": split, "file_name": "x.jpg", "category_id": 1,
              "sentences": [{"sent": text, "tokens": text.split()} for text in texts]}
             for i, (a, image, split, texts) in enumerate([
-                (0, 3, "train", ["left guy", "man"]), (1, 3, "val", ["light"]), (4, 10, "val", ["sign"])])]
-    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+                (0, 3, "train", ["left guy", "man"]), (1, 3, "val", ["light"]), (4, 10, "val", ["señal"])])]
+    unicode, bytes_ = (letter + b"\x06\0\0\0" + "señal".encode() for letter in (b"X", b"T"))
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2).replace(unicode, bytes_))     # as Python 2 wrote its texts
     flags = ["--from", "refcoco", "--data", tmp_path / "refs(unc).p", "--instances", tmp_path / "instances.json",
              "--image-dir", tmp_path / "images"]
     records, problems = convert(tmp_path / "out.jsonl", *flags, "--captions", tmp_path / "captions.json")
-    assert not problems and [[r["phrase"] for r in record["regions"]] for record in records] == [["left guy", "man", "light"], ["sign"]]
+    assert not problems and [[r["phrase"] for r in record["regions"]] for record in records] == [["left guy", "man", "light"], ["señal"]]
     assert records[0]["conversations"][1]["value"] == "caption 0.0 é"
     rings = {a["id"]: a["segmentation"] for a in json.loads((tmp_path / "instances.json").read_text())["annotations"]}
     assert (data.region_mask(records[0]["regions"][1], (53, 41), "") == coco_polygon(rings[0], (53, 41))).all()
     convert(tmp_path / "val.jsonl", *flags, "--to", "refer", "--split", "val")
     items = scorer.read_items([tmp_path / "val.jsonl"], tmp_path / "images", 0)
     assert [item["answer"] for item in items] == [[1, 2, 31, 22]] * 2
-    assert items[1]["conversations"][0]["value"].endswith("sentence describes: sign")
+    assert items[1]["conversations"][0]["value"].endswith("sentence describes: señal")
     with pytest.raises(InputError, match="--split test: .* has train .1., val .2."):
         convert(tmp_path / "test.jsonl", *flags, "--split", "test")
 
@@ -265,10 +277,14 @@ def test_llava_records_stay_as_they_are(tmp_path):
             "regions": [{"phrase": "x", "bbox": [0, 0, 5, 5]}]}
     bad = good | {"id": 2, "regions": [{"phrase": "x", "bbox": [0, 0, 50, 5]}, *good["regions"]]}
     records = [good, {"id": 0, "conversations": []}, bad, good | {"image": "b.png"}]
+    records.append(good | {"id": 4, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": None}]})
     (tmp_path / "in.json").write_text(json.dumps(records))
-    made, problems = convert(tmp_path / "out.jsonl", "--from", "llava", "--data", tmp_path / "in.json", "--image-dir", tmp_path)
-    assert made == [good, records[1], good | {"id": 2}]
-    assert len(problems) == 2 and "outside its 20 x 10 image" in problems[0] and "b.png" in problems[1]
+    (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")      # with a mark
+    for name in ("in.json", "in.jsonl"):
+        made, problems = convert(tmp_path / f"{name}.out.jsonl", "--from", "llava", "--data", tmp_path / name, "--image-dir", tmp_path)
+        assert made == [good, records[1], good | {"id": 2}]
+        assert len(problems) == 3 and all(words in own for words, own in zip(
+            ("outside its 20 x 10 image", "b.png", "record 4: turn 1 is not"), problems)), problems
 
 
 # --------------------------------------------------------------------------------------------------------------------------- bad input
@@ -280,6 +296,7 @@ def test_bad_input_is_counted_and_listed_and_costs_nothing_else(tmp_path):
     content["annotations"].sort(key=lambda a: a["id"])
     annotations, height = content["annotations"], 41
     annotations[0]["segmentation"] = {"size": [height, 52], "counts": [height * 52]}
+    annotations[1]["segmentation"] = [[0, 0, 1e12, 0, 5, 5]]
     annotations[3]["segmentation"] = {"size": [height, 53], "counts": [7]}
     annotations[6]["segmentation"] = [[1, 2, 3, 4]]
     annotations[9] |= {"segmentation": [], "bbox": [20, 5, -4, 9]}
@@ -290,16 +307,67 @@ def test_bad_input_is_counted_and_listed_and_costs_nothing_else(tmp_path):
     photo(tmp_path / "images" / "7.jpg", (41, 53))
     (tmp_path / "images" / "6.jpg").write_bytes((tmp_path / "images" / "6.jpg").read_bytes()[:900])
     (tmp_path / "instances.json").write_text(json.dumps(content))
+    told = json.loads((tmp_path / "captions.json").read_text())
+    told["annotations"][0]["caption"] = 5
+    (tmp_path / "captions.json").write_text(json.dumps(told))
     (tmp_path / "panoptic" / "1000.png").unlink()
     records, problems = convert(tmp_path / "out.jsonl", *flags)
-    assert [len(r.get("regions", [])) for r in records] == [2, 2, 2, 2, 2, 2]
+    assert [len(r.get("regions", [])) for r in records] == [1, 2, 2, 2, 2, 2]
     assert [r["id"] for r in records] == ["3", "10", "17", "24", "31", "38"]
+    assert records[0]["conversations"][1]["value"] == "caption 0.1 é"
     for i, words in enumerate((
-            "1 annotations of image 12345", "rle size [41, 52] is not the image's", "rle counts add up to 7", "at least 3 points",
-            "bbox [20, 5, 16, 14] is not", "category_id 99 is not among", "not a list of finite numbers", "cannot read the image",
+            "1 annotations of image 12345", "rle size [41, 52] is not the image's", "far outside of its 53 x 41", "caption 5: not of",
+            "rle counts add up to 7", "at least 3 points", "bbox [20, 5, 16, 14] is not",
+            "category_id 99 is not among", "not a list of finite numbers", "cannot read the image",
             "is 41 x 53 pixels, but its annotation says 53 x 41", "No such file", "1000.png", "image 1000: has no caption and no region")):
         assert words in problems[i], (words, problems[i])
-    assert len(problems) == 12
+    assert len(problems) == 14
+
+
+@pytest.mark.parametrize("form", ["coco", "flickr30k", "flickr30k refer", "grandf", "refcoco", "refcoco refer"])
+def test_a_region_without_a_phrase_is_listed_since_training_refuses_it(tmp_path, form):
+    if "flickr" in form:
+        flags, file = flickr_files(tmp_path), tmp_path / "Sentences" / "11.txt"
+        file.write_text(file.read_text().replace("a red ball", ""))
+    else:
+        flags, file = coco_files(tmp_path, count=1), tmp_path / "instances.json"
+        content = json.loads(file.read_text())
+        content["categories"][0]["name"] = " " if form == "coco" else "person"
+        file.write_text(json.dumps(content))
+    if form == "coco":
+        flags = ["--from", "coco", "--instances", file, "--image-dir", tmp_path / "images"]
+    if "refcoco" in form:
+        refs = [{"ann_id": 0, "image_id": 3, "split": "val", "sentences": [{"sent": ""}, {"sent": "man"}]}]
+        (tmp_path / "refs.p").write_bytes(pickle.dumps(refs))
+        flags = ["--from", "refcoco", "--data", tmp_path / "refs.p", "--instances", file, "--image-dir", tmp_path / "images"]
+    if form == "grandf":
+        shape = {"segmentation": [[1, 1, 30, 1, 1, 30]]}
+        (tmp_path / "g.json").write_text(json.dumps([{"9": {
+            "img_file_name": "0.jpg", "caption": "A dog", "refs": [shape | {"sentence": text} for text in (" ", None, "A dog")]}}]))
+        flags = ["--from", "grandf", "--data", tmp_path / "g.json", "--image-dir", tmp_path / "images"]
+    records, problems = convert(tmp_path / "out.jsonl", *flags, *(["--to", "refer"] if "refer" in form else []))
+    assert problems and all('"phrase" is missing, empty' in line for line in problems)
+    regions = [region for record in records for region in record.get("regions", [])]
+    assert records and all(data.region_phrase(region, form) for region in regions)
+    assert not any(turn["value"].endswith((" ", ", ")) or turn["value"].startswith(",") for r in records for turn in r["conversations"])
+
+
+def test_text_that_is_not_unicode_costs_its_record(tmp_path):
+    """Half of an emoji, as JSON can hold it, in a caption, in the name of a file and in an id; the name of a file in Latin-1."""
+    photo(tmp_path / "a.png", (20, 10))
+    shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xe9.png")
+    told = [("a.png", "whole \U0001f600"), ("a.png", "cut \ud83d"), ("\udce9.png", "x"), ("\ud83d.png", "x"), ("a.png", "é")]
+    (tmp_path / "in.json").write_text(json.dumps([
+        {"id": i, "image": image, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": text}]}
+        for i, (image, text) in enumerate(told)]))
+    made, problems = convert(tmp_path / "out.jsonl", "--from", "llava", "--data", tmp_path / "in.json", "--image-dir", tmp_path)
+    assert [(r["id"], r["conversations"][1]["value"]) for r in made] == [(0, told[0][1]), (4, "é")]
+    assert len(problems) == 3 and all(words in own for words, own in zip(
+        ("record 1: a text or file name is not Unicode", "record 2: a text", "record 3: cannot read the image"), problems)), problems
+    (tmp_path / "c.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [
+        {"image_id": 1, "caption": "x"}, {"image_id": "\ud83d", "caption": "y"}]}))
+    made, problems = convert(tmp_path / "coco.jsonl", "--from", "coco", "--captions", tmp_path / "c.json", "--image-dir", tmp_path)
+    assert len(made) == 1 and "1 annotations of image ?, which is not" in problems[0]
 
 
 @pytest.mark.parametrize("content, message", [
@@ -317,7 +385,10 @@ def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, run, content, m
 @pytest.mark.parametrize("flags, message", [
     (["--from", "llava", "--data", "x.json", "--split", "val"], "--split is not read by --from llava"),
     (["--from", "coco"], "needs one or more"), (["--from", "flickr30k", "--data", "."], "Sentences"), ([], "--from says"),
-    (["--inspect", "1", "--grid", "3"], "--grid 3"), (["--from", "refcoco"], "needs --data")])
+    (["--inspect", "1", "--grid", "3"], "--grid 3"), (["--from", "refcoco"], "needs --data"),
+    (["--from", "refcoco", "--to", "refer", "--inspect", "1"], "--inspect draws regions"),
+    (["--inspect", "1", "--pool", "3"], "--pool is not read without --vision"),
+    (["--inspect", "1", "--vision", "x", "--grid", "3", "3"], "--grid is not read with --vision")])
 def test_flags_that_make_no_sense_are_refused(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         convert(tmp_path / "out.jsonl", "--image-dir", tmp_path, *flags)
@@ -327,7 +398,7 @@ def test_large_files_are_read_by_position(tmp_path, monkeypatch):
     """scan_json, with pieces of a few bytes, sees what json.load sees; positions lead back to it, whatever the text."""
     rng = random.Random(0)
     values = ["é\\\"]}", -12.5e3, [1, {}], None, "漢字"]
-    content = {"a": 1.5, "é": {"x": [[]]}, "b": [{"id": rng.choice([1, 2, 3]), "v": rng.choice(values)} for _ in range(60)],
+    content = {"a": 1.5, "é": {"x": [[]]}, "b": [{"id": rng.choice([1, 2, "é漢"]), "v": rng.choice(values)} for _ in range(60)],
                "numbers": [1, 23, 456.5, -7], "empty": []}
     reader = open
 
@@ -342,10 +413,11 @@ def test_large_files_are_read_by_position(tmp_path, monkeypatch):
         found = list(formats.scan_json(path))
         monkeypatch.undo()
         raw = path.read_bytes()
-        assert [(name, json.loads(raw[start:end])) for name, _, start, end in found] == [
-            (name, v) for name in ("b", "numbers") for v in content[name]]
-    objects = formats.Objects(str(path), {"b": "id"}, "a test")
-    assert objects.get("b", 2) == [v for v in content["b"] if v["id"] == 2] and objects.get("b", 4) == []
+        assert [(name, element, json.loads(raw[start:end])) for name, element, start, end in found] == [
+            (name, v, v) for name in ("b", "numbers") for v in content[name]]
+        objects = formats.Objects(str(path), {"b": "id"}, "a test")
+        assert list(objects.spans["b"]) == list(dict.fromkeys(v["id"] for v in content["b"]))
+        assert objects.get("b", "é漢") == [v for v in content["b"] if v["id"] == "é漢"] and objects.get("b", 4) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------- parts and resuming
@@ -432,6 +504,31 @@ def test_inspect_shows_the_labels_that_training_sees(tmp_path, capsys, world):
     assert "2 records, 1 of them with regions; 1 images; 2 regions" in said
     assert "2 x 2, crop, coverage 0.25: 75.0% labelled, with 2.00 words each" in said            # dog + brown dogs, brown dogs, dog, none
     assert "dog 1, brown 1, dogs 1" in said and "words are not one token" in said
+    assert said.splitlines()[-1] == (
+        f"wrote {tmp_path / 'out.png'}; next: python pretrain.py --data {tmp_path / 'out.jsonl'} --image-dir {tmp_path}")
     picture, left = np.asarray(Image.open(tmp_path / "out.png")), annotate.SIDE + annotate.LEGEND
     shown = [tuple(picture[y, left + x]) for y in (100, 330) for x in (150, 380)]
     assert shown == [tuple(int(0.55 * n) for n in colour) for colour in (*annotate.COLOURS[:3], (0, 0, 0))]  # one for each set of words
+
+
+@pytest.mark.parametrize("size, flags, grid", [
+    ([36, 96], [], (3, 8)), ([96, 36], ["--geometry", "pad"], (8, 3)), ([96, 96], ["--image-size", "48"], (4, 4)),
+    ([60, 96], ["--projector", "c_abstractor", "--pool", "3", "--geometry", "stretch"], (2, 3))])
+def test_inspect_takes_the_flags_of_training_for_the_same_labels(tmp_path, monkeypatch, size, flags, grid):
+    """The labels of the summary, those drawn and those of a training sample, where the input is no square, of another size or pooled."""
+    shutil.copytree(ROOT / "backbones" / "toy-clip", tmp_path / "vision", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "vision" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"crop_size": dict(zip(("height", "width"), size))}))
+    photo(tmp_path / "a.png", (50, 40))
+    record = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a dog"}], "regions": [
+        {"phrase": "a dog", "bbox": [3, 2, 21, 29]}, {"phrase": "brown cat", "bbox": [14, 16, 43, 37]}]}
+    (tmp_path / "out.jsonl").write_text(json.dumps(record) + "\n")
+    labels, rule = [], data.patch_words
+    monkeypatch.setattr(data, "patch_words", lambda *given: labels.append(rule(*given)) or labels[-1])
+    flags = ["--vision", str(tmp_path / "vision"), *flags]
+    annotate.main(annotate.runtime.parse(annotate.Args, "", [
+        "--inspect", "1", "--out", str(tmp_path / "out.jsonl"), "--image-dir", str(tmp_path), *flags]))
+    args = annotate.runtime.parse(pretrain.Args, "", flags)
+    model = PatchAlignedModel({name: getattr(args, name) for name in pretrain.CONFIG}, weights=False)
+    model.records(str(tmp_path / "out.jsonl"), str(tmp_path))[0]
+    assert model.grid == grid and len(labels) == 3 and labels[0] == labels[1] == labels[2] != [[]] * (grid[0] * grid[1])

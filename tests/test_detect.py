@@ -229,6 +229,47 @@ def test_models_of_the_wrong_kind_are_refused(photos, models, flags, message):
         convert(photos / "out.jsonl", "--data", photos / "in.json", "--image-dir", photos / "images", *flags)
 
 
+class Fake:
+    """In the place of the models: fails on images named 2 and on batches with one, and tells how many it saw at once."""
+
+    error = RuntimeError("no such\nshape")
+
+    def __init__(self, *arguments):
+        pass
+
+    def __call__(self, images, captions, names):
+        if "2.png" in names:
+            raise self.error
+        return [(text, [{"phrase": text.split()[0], "bbox": [0, 0, 5, 5], "score": 1 / len(names)}]) for text in captions]
+
+
+def test_an_image_that_the_models_fail_on_and_an_answer_that_is_no_text_are_listed(photos, monkeypatch):
+    monkeypatch.setattr(detect, "Annotator", Fake)
+    records = json.loads((photos / "in.json").read_text())
+    regions = [{"phrase": "", "bbox": [0, 0, 5, 5]}, {"phrase": "x", "bbox": [0, 0, 500, 5]}, {"phrase": "x", "bbox": [0, 0, 5, 5]}]
+    records += [{"id": 7, "image": "6.png", "regions": regions}, {"id": 8, "image": "none.png", "regions": regions[2:]}]
+    records[5]["conversations"][1]["value"] = None              # of image 4
+    (photos / "in.json").write_text(json.dumps(records))
+    flags = ["--data", photos / "in.json", "--image-dir", photos / "images", "--batch-size", 4]
+    made = convert(photos / "out.jsonl", *flags)
+    assert [r["id"] for r in made] == [0, 1, "text", 3, 5, 6, 7] and made[-1]["regions"] == regions[2:]
+    assert [r["regions"][0].get("score") for r in made if "regions" in r] == [1, 1, 1 / 3, 1 / 3, 1 / 3, None]         # alone; together
+    problems = (photos / "out.jsonl.problems").read_text().splitlines()
+    assert [words in own for words, own in zip(("record 2: the models fail on it (RuntimeError: no such shape)", "record 5: turn 1 is not",
+                                                '"phrase" is missing', "outside its 64 x 48", "none.png"), problems)] == [True] * 5
+    assert len(problems) == 5
+
+
+@pytest.mark.parametrize("error, ends, message", [
+    (torch.OutOfMemoryError("CUDA"), InputError, "--batch-size 4: out of GPU memory at .*record 0; lower it"),
+    (torch.AcceleratorError("device-side assert"), torch.AcceleratorError, "device-side")])
+def test_what_is_not_an_image_s_fault_ends_the_run(photos, monkeypatch, error, ends, message):
+    monkeypatch.setattr(detect, "Annotator", Fake)
+    monkeypatch.setattr(Fake, "error", error)
+    with pytest.raises(ends, match=message):
+        convert(photos / "out.jsonl", "--data", photos / "in.json", "--image-dir", photos / "images", "--batch-size", 4)
+
+
 KILL = """
 import os, signal, sys
 import annotate, detect, runtime
