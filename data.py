@@ -711,8 +711,8 @@ class Records(torch.utils.data.Dataset):
 def collate(samples, pad_id):
     """Samples -> a batch: text padded on the right to the longest T, patch targets to the largest K.
 
-    ids list of B; input_ids, labels (B, T) int64; attention_mask (B, T) bool; for the N samples with an image, in
-    order: pixel_values (N, 3, height, width), patch_ids (N, P, K) int64, patch_weights (N, P, K). Without any image N = 0.
+    ids list of B; input_ids, labels (B, T) int64; for the N samples with an image, in order: pixel_values (N, 3, height, width),
+    patch_ids (N, P, K) int64, patch_weights (N, P, K). Without any image N = 0.
     Read off here, on the host, so that a step need not wait for a GPU to tell: places (N P,), where input_ids.flatten() holds
     IMAGE_TOKEN, and first_label, the first position from 1 on at which any sample has a label.
     """
@@ -730,7 +730,6 @@ def collate(samples, pad_id):
     return {
         "ids": [sample["id"] for sample in samples],
         "input_ids": input_ids,
-        "attention_mask": pad_text([[1] * len(sample["input_ids"]) for sample in samples], 0).bool(),
         "labels": labels,
         "places": (input_ids.flatten() == IMAGE_TOKEN).nonzero().squeeze(1),
         "first_label": max(1, int((labels != IGNORE).any(0).int().argmax())),

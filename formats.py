@@ -77,7 +77,7 @@ def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
                     reason = error.msg
                 else:
                     reason = "it ends too early"
-                size = min(2 * size, 2**26)              # an element longer than the piece
+                size *= 1 + (at == 0)                    # an element longer than the piece, not only cut by its end
                 if not more():
                     raise InputError(f"{path}: not valid JSON near byte {base + at}: {reason}")
 

@@ -35,11 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
 import data
@@ -57,6 +54,7 @@ from model import (
     read_processor,
     save_checkpoint,
 )
+from templates import exported_tokenizer, kept_of, restored_tokenizer, usable_prompt
 
 OURS = "patch_aligned"                                          # key of config.json
 KEPT = ("geometry", "prompt", "coverage", "tau", "patch_weight", "patch_loss", "centre_words")                # of our config, there
@@ -117,140 +115,6 @@ def refuse_unless_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], dt
         error = float((a[:, :columns] - b[:, :columns]).norm() / a[:, :columns].norm())
         if not error < (1e-3 if dtype == torch.float32 else 0.05):
             raise InputError(f"LLaVA cannot express {what}: its {name} differ by {error:.1%}")
-
-
-# ----------------------------------------------------------------------------------------------------- conversations: template and tokens
-
-# A turn's content as text: a string, or a list of {"type": "image"} and {"type": "text", "text": ...}, an item per line.
-SAID = r"""{%- macro said(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}
-{%- for item in content -%}{{- '' if loop.first else '\n' -}}{{- '<image>' if item.type == 'image' else item.text -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-"""
-PLAIN = SAID + """{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}{{- said(message.content) + eos_token -}}
-{%- elif '<image>' in said(message.content) -%}{{- '<image>' -}}
-{%- endif -%}
-{%- endfor -%}"""
-# What stands around the texts of a conversation, in variables that `frame` sets. The blank before an answer belongs to its first word, so a
-# request to generate ends without it. JOINED: no blank follows the image token, where the tokenizer puts one of its own.
-FRAME = SAID + """{%- set last = namespace(asked=0) -%}
-{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set last.asked = loop.index -%}{%- endif -%}{%- endfor -%}
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}
-{{- OPENING if loop.first else BETWEEN -}}{{- said(message.content) -}}
-{%- set ask = LAST_ASK if loop.index == last.asked else ASK -%}
-{{- ask[1:] if JOINED and said(message.content).endswith('<image>') and ask.startswith(' ') else ask -}}
-{%- elif message.role == 'assistant' -%}
-{{- BLANK + said(message.content) + END -}}{%- if loop.last -%}{{- CLOSING -}}{%- endif -%}
-{%- endif -%}
-{%- endfor -%}"""
-LISTS = SAID + """{%- set own = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set own.messages = own.messages + [dict(message, content=said(message.content))] -%}
-{%- endfor -%}
-{%- set messages = own.messages %}
-"""
-
-
-def frame(**pieces) -> str:
-    """FRAME with its variables."""
-    return "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in pieces.items()) + FRAME
-
-
-def templates(tokenizer, prompt: str) -> list[str]:
-    """Chat templates that may render what `data.tokenize` encodes, the better first: the tokenizer's own where it does."""
-    if prompt == "plain":
-        return [PLAIN]
-    if prompt == "v1":
-        pieces = dict(OPENING=data.V1_SYSTEM + " USER: ", BETWEEN="USER: ", ASK=" ASSISTANT:", LAST_ASK=" ASSISTANT:", BLANK=" ",
-                      END=tokenizer.eos_token, CLOSING="")
-        return [frame(JOINED=joined, **pieces) for joined in (False, True)]
-    around, end = data.chat_frame(tokenizer, tokenizer.chat_template, 2)
-    heads = [around[1].removesuffix(" "), around[3].removesuffix(" ")]
-    before, found, after = around[2].partition(end)
-    closing = around[4].partition(end)[2] if found else around[4]
-    pieces = dict(OPENING=around[0], BETWEEN=after if found else around[2], ASK=heads[0], LAST_ASK=heads[1],
-                  BLANK=around[1][len(heads[0]):], END=(before if found else "") + end, CLOSING=closing)
-    own = tokenizer.get_chat_template()
-    return [LISTS + own, own, *(frame(JOINED=joined, **pieces) for joined in (False, True))]
-
-
-def conversations(prompt: str) -> list[list[dict]]:
-    """What a template is tried on: with the image first, with the image last, with an earlier answer, without an image."""
-    def turns(*texts):
-        return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-    if prompt == "plain":
-        return [turns("<image>\nDescribe the image.")]
-    return [turns("<image>\nWhat is it?"), turns("What is it?\n<image>"), turns("<image>\nWhat is it?", "A red dog.", "And its left ear?"),
-            turns("Who are you?")]
-
-
-def as_messages(turns: list[dict]) -> list[dict]:
-    """Our turns as the messages that a processor takes, with lists of images and texts."""
-    def content(text):
-        return [{"type": "image"} if line == IMAGE_MARKER else {"type": "text", "text": line} for line in text.split("\n")]
-
-    return [{"role": data.ROLES[turn["from"]], "content": content(turn["value"])} for turn in turns]
-
-
-def read_otherwise(theirs, template: str, ours, prompt: str) -> list[list[dict]]:
-    """The `conversations` that transformers' processor, with their tokenizer and template, reads as other tokens than we do with ours."""
-    image, wrong = theirs.convert_tokens_to_ids(IMAGE_MARKER), []
-    for turns in conversations(prompt):
-        expected = data.tokenize_prompt(turns, ours, prompt, int(IMAGE_MARKER in str(turns)))
-        try:
-            text = theirs.apply_chat_template(as_messages(turns), chat_template=template, tokenize=False, add_generation_prompt=True)
-            found = [IMAGE_TOKEN if token == image else token for token in theirs(text).input_ids]
-        except (TemplateError, TypeError, ValueError):          # it wants strings where we have lists, or the other way round
-            found = None
-        if found != expected:
-            wrong.append(turns)
-    return wrong
-
-
-def piecewise(rules: dict) -> dict:
-    """The rules of tokenizer.json, changed so that what stands after a special token reads as at the beginning of a text: here the text
-    around an image is encoded piece by piece."""
-    first = rules["pre_tokenizer"] or {}
-    for step in [first, *first.get("pretokenizers", [])]:
-        if step.get("prepend_scheme") == "first":
-            step["prepend_scheme"] = "always"
-    return rules
-
-
-def converted_tokenizer(model: PatchAlignedModel) -> tuple[PreTrainedTokenizerFast, str]:
-    """The model's tokenizer with <image> and with only those special tokens put in by itself that our prompt has -> (tokenizer, chat
-    template). InputError: a tokenizer without the rules of the tokenizers library, or no template gives the same tokens."""
-    own, prompt, where = model.tokenizer, model.config["prompt"], model.config["llm"]
-    if getattr(own, "backend_tokenizer", None) is None:
-        raise InputError(f"{where}: its {type(own).__name__} has no tokenizer.json, which an export needs")
-    rules = piecewise(json.loads(own.backend_tokenizer.to_str()))
-    backend = Tokenizer.from_str(json.dumps(rules | dict(post_processor=None, truncation=None, padding=None)))
-    begins = prompt != "chat" and data.tokenize_prompt(conversations(prompt)[0], own, prompt, 1)[0] == own.bos_token_id
-    if begins:
-        backend.post_processor = TemplateProcessing(single=f"{own.bos_token} $A", special_tokens=[(own.bos_token, own.bos_token_id)])
-    backend.add_special_tokens([AddedToken(IMAGE_MARKER, normalized=False, special=True)])
-    names = {f"{kind}_token": getattr(own, f"{kind}_token") for kind in ("bos", "eos", "unk")}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **names, pad_token=own.pad_token or own.eos_token, padding_side="left",
-        model_max_length=own.model_max_length, clean_up_tokenization_spaces=getattr(own, "clean_up_tokenization_spaces", False),
-        model_input_names=["input_ids", "attention_mask"])
-    earlier, example = "", ""
-    for template in templates(own, prompt):
-        wrong = read_otherwise(tokenizer, template, own, prompt)
-        if not wrong:
-            return tokenizer, template
-        if all(len(turns) > 1 for turns in wrong):
-            earlier = earlier or template
-        example = example or f", for example {wrong[0]}"
-    if not earlier:
-        raise InputError(f"{where}: its tokenizer does not read a text of prompt {prompt} as the tokens of its parts{example}")
-    runtime.log(f"{where}: its tokenizer joins an earlier answer with what stands around it; such conversations differ in a few tokens")
-    return tokenizer, earlier
 
 
 # --------------------------------------------------------------------------------------------------------------------------- export
@@ -407,14 +271,13 @@ def export(args: Export) -> None:
             merge_lora(model)
         model.eval()
         check_expressible(model)
-        words, (tokenizer, template) = len(model.word_embeddings), converted_tokenizer(model)
+        words = len(model.word_embeddings)
+        tokenizer, template = exported_tokenizer(model.tokenizer, model.config["prompt"], model.config["llm"])
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         llava = to_llava(model, image_token, dtype)
-        own = json.loads(model.tokenizer.backend_tokenizer.to_str())["post_processor"]
         setattr(llava.config, OURS, {
             "stage": checkpoint["stage"], "config": {key: model.config[key] for key in KEPT if key in model.config}, "words": words,
-            "tokenizer": {"post_processor": own, "chat_template": model.tokenizer.chat_template, "pad_token": model.tokenizer.pad_token,
-                          "added": IMAGE_MARKER not in model.tokenizer.get_vocab()}})
+            "tokenizer": kept_of(model.tokenizer)})
         llava.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=64, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=data.end_ids(model.tokenizer, model.config["prompt"]))
@@ -463,27 +326,6 @@ def geometry_of(name: str, settings: dict) -> str:
                         "centre square is resized as a whole")
         return "crop"
     return "stretch" if isinstance(size, int) or "height" in size else "crop"
-
-
-def restored_tokenizer(name: str, ours: dict):
-    """The folder's tokenizer; of one of our exports without what the export put in."""
-    tokenizer = load_backbone(AutoTokenizer, name, "folder")
-    saved = ours.get("tokenizer")
-    if saved:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules["added_tokens"] = [t for t in rules["added_tokens"] if t["content"] != IMAGE_MARKER or not saved["added"]]
-        names = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "unk")}
-        restored = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(json.dumps(rules | {"post_processor": saved["post_processor"]})), **names,
-            pad_token=saved["pad_token"], model_max_length=tokenizer.model_max_length,
-            clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces)
-        restored.chat_template = saved["chat_template"]
-        return restored
-    begins = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    if begins and tokenizer.chat_template and "bos_token" not in tokenizer.chat_template:
-        tokenizer.chat_template = "{{- bos_token -}}" + tokenizer.chat_template    # transformers' processor lets the tokenizer put it there
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(piecewise(json.loads(tokenizer.backend_tokenizer.to_str()))))
-    return tokenizer
 
 
 def projector_of(name: str, llava: Llava) -> tuple[str, dict[str, torch.Tensor]]:
@@ -536,7 +378,9 @@ def import_folder(name: str, path: Path) -> None:
     name = find_model(name, "folder")
     settings = read_config(name)
     ours = getattr(settings, OURS, None) or {}
-    processor, tokenizer = read_processor(name), restored_tokenizer(name, ours)
+    processor = read_processor(name)
+    theirs, tokenizer = (load_backbone(AutoTokenizer, name, "folder") for _ in range(2))
+    tokenizer = restored_tokenizer(tokenizer, ours.get("tokenizer"))
     llava, report = load_backbone(Llava, name, "folder", dtype="auto", output_loading_info=True)
     if report["missing_keys"]:
         raise InputError(f"{name}: {sorted(report['missing_keys'])[0]} is missing; the folder is incomplete")
@@ -560,7 +404,8 @@ def import_folder(name: str, path: Path) -> None:
             tokenizer.save_pretrained(Path(temporary, "llm"))
             for folder in folders:
                 Path(temporary, folder.name).rename(folder)
-        known = DEFAULTS | dict(geometry=geometry_of(name, processor), prompt=usable_prompt(name, tokenizer)) | ours.get("config", {})
+        told = dict(geometry=geometry_of(name, processor), prompt=usable_prompt(name, theirs, tokenizer))
+        known = DEFAULTS | told | ours.get("config", {})
         model = PatchAlignedModel(known | dict(
             vision=str(folders[0]), llm=str(folders[1]), projector=kind, feature_layer=settings.vision_feature_layer,
             image_size=image_size, imported=name), dtype)
@@ -572,19 +417,6 @@ def import_folder(name: str, path: Path) -> None:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def usable_prompt(name: str, tokenizer) -> str:
-    """chat where the tokenizer has a template that can be used here, else v1. That transformers reads other tokens is said."""
-    try:
-        data.tokenize_prompt(conversations("chat")[0], tokenizer, "chat", 1)
-    except InputError:
-        return "v1"
-    theirs = load_backbone(AutoTokenizer, name, "folder")
-    wrong = read_otherwise(theirs, theirs.chat_template, tokenizer, "chat")
-    if wrong:
-        runtime.log(f"{name}: its processor reads some conversations as other tokens than --prompt chat does here, for example {wrong[0]}")
-    return "chat"
 
 
 # ------------------------------------------------------------------------------------------------------- original LLaVA's mm_projector.bin

@@ -59,7 +59,8 @@ def real_batch():
     ids[:, 1: 1 + P] = data.IMAGE_TOKEN
     labels = ids.clone()
     labels[:, :FIRST] = data.IGNORE
-    return dict(input_ids=ids, labels=labels, first_label=FIRST, pixel_values=torch.randn(B, 3, 96, 96),
+    places = (ids.flatten() == data.IMAGE_TOKEN).nonzero().squeeze(1)
+    return dict(input_ids=ids, labels=labels, first_label=FIRST, places=places, pixel_values=torch.randn(B, 3, 96, 96),
                 patch_ids=torch.randint(600, (B, P, 4)), patch_weights=torch.full((B, P, 4), 0.25))
 
 

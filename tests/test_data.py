@@ -430,7 +430,8 @@ def test_batches(load):
         [BOS, IMAGE_TOKEN, IMAGE_TOKEN, A, EOS, 99, 99],
     ]
     assert batch["labels"][2].tolist() == [IGNORE, IGNORE, IGNORE, A, EOS, IGNORE, IGNORE]
-    assert batch["attention_mask"].tolist() == [[True] * 7, [True] * 7, [True] * 5 + [False] * 2]
+    assert batch["places"].tolist() == [1, 2, 15, 16]
+    assert batch["first_label"] == 1 and data.collate([dataset[0], dataset[2]], 99)["first_label"] == 3
     assert batch["pixel_values"].shape == (2, 3, 8, 8) and batch["pixel_values"][0, :, 0, 0].tolist() == [1, -1, -1]
     assert batch["patch_ids"].tolist() == [[[RED, CIRCLE, 0], [0, 0, 0]], [[BLUE, RED, CIRCLE]] * 2]      # "it" is a stop word
     torch.testing.assert_close(batch["patch_weights"], torch.tensor([[[0.5, 0.5, 0], [0, 0, 0]], [[1 / 3] * 3] * 2]))

@@ -9,7 +9,7 @@ MAY_IMPORT = {
     "projector": set(), "kernels": set(), "backbones": set(), "data": set(), "runtime": set(),
     "features": {"data", "runtime"},
     "model": {"projector", "kernels", "data", "llava"},                                  # llava for its command line alone
-    "llava": {"model", "data", "runtime"},
+    "llava": {"model", "data", "runtime", "templates"}, "templates": {"data", "runtime"},
     "toy": {"data", "runtime", "backbones"}, "backbones/train": {"toy", "runtime"},      # behind toy.py --train-backbones alone
     "cost": {"data", "runtime", "model", "kernels"},
     "pretrain": {"data", "runtime", "model", "features", "projector", "kernels", "toy", "cost"},

@@ -57,7 +57,7 @@ def test_losses_are_sums_by_definition(model, batch, centre_words):
     centre = model.word_embeddings.mean(0) * centre_words
     cosine = F.normalize(H - centre, dim=-1) @ F.normalize(model.word_embeddings - centre, dim=-1).T
     for i in range(5):
-        length = int(batch["attention_mask"][i].sum())
+        length = int((batch["labels"][i] != IGNORE).nonzero()[-1]) + 1
         logits = model.llm(inputs_embeds=model.splice(batch["input_ids"][i: i + 1, :length], H[i: i + 1])).logits[0]
         for t in range(1, length):
             if batch["labels"][i, t] != IGNORE:
