@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every projector on photographs, caption-only and patch-aligned: DINOv2-S and SmolLM2-135M on Flickr8k, 64 patches each.
 #
-#   bash docs/projectors.sh DATA [STEPS]               # STEPS of 16 captions (40); again to go on
+#   bash docs/projectors.sh DATA [STEPS]               # STEPS of 16 captions (300: 95 minutes on two CPU cores); again to go on
 #
 # DATA as in docs/photographs.sh. linear and mlp2x_gelu get 8 x 8 patches of 112 pixels, the pooling ones 16 x 16 of 224, pooled to 8 x 8.
 # Two runs at a time, one thread each. Writes runs/projectors/: a checkpoint, log and captions each, table.txt and probe.png.
 set -euo pipefail
-data=$(realpath "$1") steps=${2:-40}
+data=$(realpath "$1") steps=${2:-300}
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 out=runs/projectors records=$data/records common="--image-dir $data/images --dtype bfloat16"
