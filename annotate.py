@@ -37,7 +37,8 @@ import data
 import formats
 import runtime
 from data import GEOMETRIES, InputError
-from formats import SUFFIXES, Objects, Source, answer_of, image_size, listed, llava_record, records_of
+from formats import SUFFIXES, Source, answer_of, image_size, listed, llava_record, records_of
+from large_json import Objects
 from projector import PROJECTORS, output_grid
 
 # ------------------------------------------------------------------------------------------------------------------------- Args
@@ -127,19 +128,23 @@ def check(args: Args) -> None:
     for f in dataclasses.fields(args):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         given, flag = getattr(args, f.name) != default, f"--{f.name.replace('_', '-')}"
+        if given and f.name in LOOK and not args.inspect:
+            raise InputError(f"{flag} is read by --inspect alone")
         if given and f.name not in USES[args.from_] | LOOK | {"from_", "out", "image_dir"}:
             raise InputError(f"{flag} is not read " + (f"by --from {args.from_}" if args.from_ else "without --from"))
         if given and f.name in (SEEN if not args.vision else {"grid"}):
             raise InputError(f"{flag} is not read with{'' if args.vision else 'out'} --vision, an encoder")
     if args.inspect and args.to == "refer":
         raise InputError("--inspect draws regions, which the records of --to refer do not have")
+    if args.from_ in ("grandf", "llava") and not Path(args.data).is_file():
+        raise InputError(f"--from {args.from_} needs --data, a file; {args.data!r} is none")
     if not Path(args.image_dir or "/dev/null").is_dir():
         raise InputError(f"--image-dir {args.image_dir!r} is not a folder")
     if args.from_ and Path(args.out).exists() and not parts_of(Path(args.out)):
         raise InputError(f"{args.out} exists; delete it to make it again, or look at it with --inspect and without --from")
     if not 0 < args.coverage <= 1:
         raise InputError(f"--coverage {args.coverage} is a share of a patch, above 0 and at most 1")
-    if args.grid and not (len(args.grid) == 2 and all(n.isdigit() and int(n) for n in args.grid)):
+    if args.grid and not (len(args.grid) == 2 and all(n.isdecimal() and int(n) for n in args.grid)):
         raise InputError(f"--grid {' '.join(args.grid)}: expected two positive numbers, rows and columns")
     if args.batch_size < 1 or not all(0 <= share <= 1 for share in (args.threshold, args.text_threshold, args.nms)):
         raise InputError("--batch-size is at least 1; --threshold, --text-threshold and --nms are from 0 to 1")
@@ -219,6 +224,8 @@ def merge(source: Source, out: Path) -> tuple[int, list[str]]:
         for at, line in part_lines(part):
             if at:
                 where[int(line[1: line.index(b",")])] = i, at
+    if (where < 0).any():
+        raise InputError(f"{out}: {(where[:, 0] < 0).sum()} images are in no part; --out must lie in a folder that all machines share")
     problems, count, listing = [text.encode(errors="replace").decode() for text in source.problems], 0, Path(f"{out}.problems")
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(runtime.atomic(out))    # renamed last, so an OUT that is there is complete
@@ -234,6 +241,11 @@ def merge(source: Source, out: Path) -> tuple[int, list[str]]:
         if problems:
             with runtime.atomic(listing) as noted:
                 noted.write_text("".join(problem + "\n" for problem in problems), encoding="utf-8")
+        if not count:
+            for part in parts:
+                part.unlink()
+            reason = f": {problems[0]} (all: {listing})" if problems else ""
+            raise InputError(f"no record could be made of {source.count} images{reason}")
     for part in parts:
         part.unlink()
     return count, problems
@@ -274,7 +286,7 @@ def from_images(args: Args) -> Source:
         for (records, problems, record, where, *_), (caption, regions) in zip(waiting, made):
             with listed(problems, where):
                 records += [record | {"regions": regions}] if file else records_of(
-                    str(Path(record["image"]).with_suffix("")), record["image"], [caption], regions, 1, problems)
+                    record["image"], record["image"], [caption], regions, 1, problems)
 
     def convert(numbers):
         results, waiting = [([], []) for _ in numbers], []
@@ -285,8 +297,10 @@ def from_images(args: Args) -> Source:
                 if record.get("image") is None or record.get("regions"):
                     records.append(llava_record(record, args, where, problems))
                     continue
-                caption = answer_of(record, where)
+                caption = answer_of(record, where) if file else ""
                 image = data.open_image(data.image_path(record, folder, where), where)
+                if annotator.tags_of is not None and record["image"] not in annotator.tags_of:
+                    problems.append(f"{where}: no line for {record['image']} in {args.tagger}")
                 waiting.append((records, problems, record, where, image, caption))
         if waiting:
             annotate(waiting)
@@ -371,57 +385,71 @@ def look(record: dict, image: Image.Image, args: Args, grid: tuple[int, int], as
     return row
 
 
-def inspect(args: Args) -> None:
-    """Print the summary of OUT, and write the picture of args.inspect of its images. Images, regions and words are counted in all of it,
-    patches in SAMPLE records at even steps."""
-    grid, aspect = grid_of(args)
+def tokenizer_of(args: Args):
+    """The tokenizer of --llm, or None."""
+    if not args.llm:
+        return None
+    from transformers import AutoTokenizer
+
+    from model import find_model, load_backbone
+
+    return load_backbone(AutoTokenizer, find_model(args.llm, "--llm"), "--llm")
+
+
+def inspect(args: Args, grid: tuple[int, int], aspect: float, tokenizer) -> bool:
+    """Print the summary of OUT, and write the picture of args.inspect of its images, if any has regions (->). Images, regions and words are
+    counted in all of it, patches in SAMPLE records at even steps."""
     file = Objects(args.out, {None: None}, "a file of records")
-    images, regions, frequency, annotated = set(), 0, Counter(), []
+    images, regions, frequency, annotated, problems = set(), 0, Counter(), [], []
     for number in file.spans[None]:
-        record = file.get(None, number)[0]
-        images |= {record["image"]} if record.get("image") else set()
-        regions += len(record.get("regions") or [])
-        frequency.update(word for r in record.get("regions") or []
-                         for word in data.content_words(data.region_phrase(r, f"{args.out}: record {record.get('id')}")))
-        if record.get("regions"):
-            annotated.append(number)
-    if not annotated:
-        raise InputError(f"{args.out}: no record has regions, there is nothing to inspect")
+        with listed(problems, f"{args.out}: record {number}"):
+            record = file.get(None, number)[0]
+            images |= {record["image"]} if record.get("image") else set()
+            own = record.get("regions") or []
+            frequency.update(word for r in own for word in data.content_words(data.region_phrase(r, f"{args.out}: record {number}")))
+            if own:
+                regions += len(own)
+                annotated.append(number)
 
     def spread(count: int) -> list[int]:
         return [annotated[i * len(annotated) // min(count, len(annotated))] for i in range(min(count, len(annotated)))]
 
     sizes = Counter()                                           # of patches: how many have so many words
     for number in tqdm(spread(SAMPLE), desc="inspect", leave=False):
-        record = file.get(None, number)[0]
-        where = f"{args.out}: record {record.get('id')}"
-        size = image_size(data.image_path(record, args.image_dir, where), where)
-        sizes.update(map(len, data.patch_words(record["regions"], size, args.geometry, grid, args.coverage, where, aspect)))
+        record, where = file.get(None, number)[0], f"{args.out}: record {number}"
+        with listed(problems, where):
+            size = image_size(data.image_path(record, args.image_dir, where), where)
+            sizes.update(map(len, data.patch_words(record["regions"], size, args.geometry, grid, args.coverage, where, aspect)))
+    if problems:
+        print(f"{len(problems)} records cannot be used: " + "; ".join(problems[:3]))
+    if not sizes:
+        print(f"{args.out}: none of {len(file.spans[None])} records has regions that can be drawn")
+        return False
     labelled = sizes.total() - sizes[0]
     print(f"{len(file.spans[None])} records, {len(annotated)} of them with regions; {len(images)} images; {regions} regions, "
           f"{regions / len(annotated):.1f} a record; {len(frequency)} different words")
     print(f"patches, {grid[0]} x {grid[1]}, {args.geometry}, coverage {args.coverage:g}: {labelled / sizes.total():.1%} labelled, "
           f"with {sum(n * k for n, k in sizes.items()) / max(labelled, 1):.2f} words each")
     print("most frequent words: " + ", ".join(f"{word} {n}" for word, n in frequency.most_common(12)))
-    if args.llm:
-        from transformers import AutoTokenizer
-
-        from model import find_model, load_backbone
-        tokenizer = load_backbone(AutoTokenizer, find_model(args.llm, "--llm"), "--llm")
+    if tokenizer:
         split = [(word, len(data.word_ids(tokenizer, word))) for word, _ in frequency.most_common()]
         split = [(word, tokens) for word, tokens in split if tokens != 1]
         print(f"{len(split)} words are not one token: " + ", ".join(f"{word} {tokens}" for word, tokens in split[:12]))
 
     rows = []
     for number in spread(args.inspect):
-        record = file.get(None, number)[0]
-        where = f"{args.out}: record {record.get('id')}"
-        rows.append(look(record, data.open_image(data.image_path(record, args.image_dir, where), where), args, grid, aspect))
+        record, where = file.get(None, number)[0], f"{args.out}: record {number}"
+        with listed(problems, where):
+            rows.append(look(record, data.open_image(data.image_path(record, args.image_dir, where), where), args, grid, aspect))
+    if not rows:
+        print("of the images to draw none can be drawn: " + problems[-1])
+        return False
     picture = Image.new("RGB", (rows[0].width, (SIDE + 8) * len(rows)), "white")
     for i, row in enumerate(rows):
         picture.paste(row, (0, (SIDE + 8) * i))
     with runtime.atomic(Path(args.out).with_suffix(".png")) as temporary:
         picture.save(temporary, "png")
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -430,6 +458,7 @@ def inspect(args: Args) -> None:
 def main(args: Args) -> None:
     """Convert, put together, report, inspect."""
     check(args)
+    seen = (*grid_of(args), tokenizer_of(args)) if args.inspect else ()         # what is wrong there ends the run before the work
     out = Path(args.out)
     complete = out.exists()                                     # and maybe parts of it, where a run was stopped while it deleted them
     if args.from_ and runtime.world() > 1:                      # ranks only wait for each other, maybe for days
@@ -450,11 +479,10 @@ def main(args: Args) -> None:
             print(f"{count} records of {source.count} images; {len(problems)} problems" + (f", all in {out}.problems:" if problems else ""))
             for problem in problems[:10]:
                 print("  " + problem)
-    if args.inspect and runtime.rank() == 0:
-        inspect(args)
-    wrote = " and ".join([str(out)] * bool(args.from_) + [str(out.with_suffix(".png"))] * bool(args.inspect))
+    drawn = args.inspect and runtime.rank() == 0 and inspect(args, *seen)
+    wrote = " and ".join([str(out)] * bool(args.from_) + [str(out.with_suffix(".png"))] * bool(drawn))
     following = "eval.py runs/sft/ckpt.pt" if args.to == "refer" else "pretrain.py"
-    runtime.log(f"wrote {wrote}; next: python {following} --data {out} --image-dir {args.image_dir}")
+    runtime.log(f"wrote {wrote or 'nothing'}; next: python {following} --data {out} --image-dir {args.image_dir}")
 
 
 if __name__ == "__main__":

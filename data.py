@@ -469,7 +469,7 @@ def tokenize(conversations, tokenizer, prompt, image_tokens, max_length, where):
     included. prompt: see `_segments`. InputError: not a conversation, marker and image disagree, or max_length cuts off
     the image or leaves nothing to learn from.
     """
-    turns = _check_turns(conversations, image_tokens > 0, where)
+    turns = check_turns(conversations, image_tokens > 0, where)
     input_ids, labels = _encode_segments(_segments(turns, tokenizer, prompt, where), tokenizer, image_tokens)
     input_ids, labels = input_ids[:max_length], labels[:max_length]
     if input_ids.count(IMAGE_TOKEN) != image_tokens or all(label == IGNORE for label in labels[1:]):
@@ -483,11 +483,11 @@ def tokenize_prompt(conversations, tokenizer, prompt, image_tokens, where="quest
     asked = conversations
     if isinstance(asked, list) and asked and isinstance(asked[-1], dict) and ROLES.get(asked[-1].get("from")) == "assistant":
         asked = asked[:-1]
-    turns = _check_turns(asked and [*asked, {"from": "gpt", "value": ""}], image_tokens > 0, where)[:-1]
+    turns = check_turns(asked and [*asked, {"from": "gpt", "value": ""}], image_tokens > 0, where)[:-1]
     return _encode_segments(_segments(turns, tokenizer, prompt, where), tokenizer, image_tokens)[0]
 
 
-def _check_turns(conversations, has_image, where):
+def check_turns(conversations, has_image, where):
     """-> [(role, text), ...], user and assistant alternating, the marker of an image in exactly one user turn."""
     if not isinstance(conversations, list) or not conversations:
         raise InputError(f'{where}: "conversations" is missing or not a list of turns')
@@ -673,7 +673,7 @@ class Records(torch.utils.data.Dataset):
         for i, region in enumerate(regions or []):
             region_kind(region, f"{where}: regions[{i}]")
             region_phrase(region, f"{where}: regions[{i}]")
-        turns = _check_turns(record.get("conversations"), image is not None, where)
+        turns = check_turns(record.get("conversations"), image is not None, where)
         if self.prompt == "plain" and len(turns) > 2:
             raise InputError(f"{where}: --prompt plain takes one caption, not {len(turns) // 2} answers; use --prompt v1 or chat")
 

@@ -88,6 +88,15 @@ def load(name: str, flag: str, kinds: tuple[str, ...]):
     return config
 
 
+def built(flag: str, kind: type, name: str, *settings):
+    """kind(name, *settings). InputError: the model's files are incomplete or damaged."""
+    try:
+        return kind(name, *settings)
+    except Exception as error:                                  # whatever transformers and safetensors raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{flag} {name}: cannot be loaded; is the folder complete? ({reason})") from None
+
+
 # --------------------------------------------------------------------------------------------------------------------------- models
 
 
@@ -241,14 +250,14 @@ class Annotator:
         self.florence = self.detector = self.sam2 = self.sam3 = None
         if tagger != "caption" and self.tags_of is None:
             load(tagger, "--tagger (neither caption nor a file)", ("florence2",))
-            self.florence = Florence(tagger, device)
+            self.florence = built("--tagger", Florence, tagger, device)
         if detector:
             load(detector, "--detector", ("grounding-dino",))
-            self.detector = GroundingDino(detector, device, threshold, text_threshold)
+            self.detector = built("--detector", GroundingDino, detector, device, threshold, text_threshold)
         if kind == "sam2":
-            self.sam2 = Sam2(segmenter, device)
+            self.sam2 = built("--segmenter", Sam2, segmenter, device)
         if kind == "sam3":
-            self.sam3 = Sam3(segmenter, device, threshold)
+            self.sam3 = built("--segmenter", Sam3, segmenter, device, threshold)
         self.source = "+".join(Path(name).name for name in (tagger, detector, segmenter) if name)
 
     @torch.inference_mode()

@@ -1,7 +1,6 @@
 """Annotations in the formats that people have them in -> records with regions: the readers of annotate.py, apart so that each reads in one
 sitting.
 
-    large JSON files    lists of objects, grouped and read by position, so that memory stays flat       scan_json, Objects
     masks               COCO's polygons, panoptic ids -> RLE                                            polygon_rle, segment_rles
     sources             COCO, Flickr30k Entities, GranD-f, RefCOCO, LLaVA -> records, image by image    from_coco, ..., from_llava
 
@@ -11,13 +10,11 @@ image, annotation or region becomes a line among its problems and costs that alo
 import codecs
 import contextlib
 import io
-import json
 import pickle
 import re
 import xml.etree.ElementTree as ET
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,138 +23,7 @@ from PIL import Image
 
 import data
 from data import InputError
-
-# ------------------------------------------------------------------------------------------------- large JSON files, by position
-
-
-def scan_json(path: Path) -> Iterator[tuple[str | None, object, int, int]]:
-    """(list's name, element, first byte, last byte + 1) of every element of the lists of a JSON object, or of a JSON list (name None).
-
-    The file is read a piece at a time and decoded as Latin-1, a character for a byte, so that positions in the text are positions in the
-    file; elements beyond ASCII are then read again as UTF-8. InputError: not UTF-8, or not JSON.
-    """
-    decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")()
-    text, base, at, size = "", 0, 0, 2**18
-    with open(path, "rb") as file:
-        def more() -> bool:
-            nonlocal text, base, at
-            piece = file.read(size)
-            try:
-                utf8.decode(piece, final=not piece)
-            except UnicodeDecodeError:
-                raise InputError(f"{path}: not UTF-8 text (near byte {base + len(text)}); save it as UTF-8") from None
-            text, base, at = text[at:] + piece.decode("latin-1"), base + at, 0
-            return bool(piece)
-
-        def sign() -> str:                               # the next character that is not blank
-            nonlocal at
-            while True:
-                while at < len(text) and text[at] in " \t\r\n":
-                    at += 1
-                if at < len(text) or not more():
-                    return text[at: at + 1]
-
-        def expect(signs: str) -> str:
-            nonlocal at
-            if (found := sign()) == "" or found not in signs:
-                raise InputError(f"{path}: not valid JSON at byte {base + at}: expected one of {signs}")
-            at += 1
-            return found
-
-        def value():
-            nonlocal at, size
-            sign()
-            while True:
-                try:
-                    found, end = decode(text, at)
-                    if not isinstance(found, int | float) or (end < len(text) and text[end] in ",]} \t\r\n"):
-                        own, at = text[at:end], end      # a number ends where something else begins, maybe in the next piece
-                        return found if own.isascii() else json.loads(own.encode("latin-1").decode())
-                except json.JSONDecodeError as error:
-                    reason = error.msg
-                else:
-                    reason = "it ends too early"
-                size *= 1 + (at == 0)                    # an element longer than the piece, not only cut by its end
-                if not more():
-                    raise InputError(f"{path}: not valid JSON near byte {base + at}: {reason}")
-
-        def elements(name: str | None):
-            nonlocal at
-            if sign() == "]":
-                at += 1
-                return
-            while True:
-                sign()
-                start = base + at
-                found = value()
-                yield name, found, start, base + at
-                if expect(",]") == "]":
-                    return
-
-        while len(text) < 3 and more():
-            pass
-        if text.startswith("\xef\xbb\xbf"):              # the byte order mark
-            at = 3
-        if expect("[{") == "[":
-            yield from elements(None)
-        else:
-            while sign() != "}":
-                name = value()
-                expect(":")
-                if sign() == "[":
-                    at += 1
-                    yield from elements(name)
-                else:
-                    value()
-                if expect(",}") == "}":
-                    break
-
-
-class Objects:
-    """The objects of a file's lists, grouped by a key and read when asked for: only their positions stay in memory.
-
-    by: {name of a list: key that its objects are grouped by, None = their number}; a file that is one list, or lines of objects (JSONL), is
-    the list None. InputError: no such list, or an element without the key.
-    """
-
-    def __init__(self, path: str, by: dict[str | None, str | None], what: str):
-        self.path, self.spans = Path(path), {name: {} for name in by}
-        lists, count = set(), Counter()
-        for name, element, start, end in self._lines() if self.path.suffix == ".jsonl" else scan_json(self.path):
-            lists.add(name)
-            if name not in by:
-                continue
-            key = count[name] if by[name] is None else element.get(by[name]) if isinstance(element, dict) else None
-            if not isinstance(key, int | str):
-                raise InputError(f'{path}: {name}[{count[name]}] has no "{by[name]}"; is this {what}?')
-            self.spans[name].setdefault(key, array("q")).extend((start, end))
-            count[name] += 1
-        for name in by:
-            if name not in lists:
-                raise InputError(f'{path}: has no {"list" if name is None else f"list {name!r} or an empty one"}; is this {what}?')
-        self.file = open(path, "rb")
-
-    def _lines(self):
-        start = 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    yield None, None, start, start + len(line)
-                start += len(line)
-
-    def get(self, name: str | None, key) -> list:
-        """The objects of a list with this key, none if there are none."""
-        spans, found = self.spans[name].get(key, ()), []
-        for start, end in zip(spans[::2], spans[1::2]):
-            self.file.seek(start)
-            try:
-                found.append(json.loads(self.file.read(end - start).decode("utf-8-sig")))                # a first line may have a mark
-            except UnicodeDecodeError:
-                raise InputError(f"{self.path}: byte {start}: not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{self.path}: byte {start + error.pos}: not valid JSON ({error.msg})") from None
-        return found
-
+from large_json import Objects
 
 # ------------------------------------------------------------------------------------------------------------- images and masks
 
@@ -170,7 +36,7 @@ def image_size(path: Path, where: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(274, 1) > 4            # the EXIF orientations that swap the sides
+            turned = image.getexif().get(274) in (5, 6, 7, 8)   # the EXIF orientations that swap the sides
             image.draft("RGB", (1, 1))
             image.load()
     except Exception:                                           # whatever a broken file brings about; open_image names it
@@ -365,16 +231,26 @@ def from_coco(args) -> Source:
              for name in ("instances", "panoptic", "captions") if getattr(args, name)}
     if not files:
         raise InputError("--from coco needs one or more of --instances, --panoptic and --captions")
+    for name, own in (("instances", "category_id"), ("panoptic", "segments_info"), ("captions", "caption")):
+        for key in list(files[name].spans["annotations"])[:1] if name in files else []:
+            if own not in files[name].get("annotations", key)[0]:
+                raise InputError(f'{files[name].path}: its annotations have no "{own}"; is this COCO\'s {name} file?')
+    folder = Path(args.panoptic_dir or str(args.panoptic).removesuffix(".json"))
+    if "panoptic" in files and not folder.is_dir():
+        raise InputError(f"--panoptic-dir {folder} is not a folder; it holds the PNG files of {args.panoptic}")
     categories = {name: {key: file.get("categories", key)[0] for key in file.spans["categories"]}
                   for name, file in files.items() if name != "captions"}
     images = list(dict.fromkeys(key for file in files.values() for key in file.spans["images"]))
-    known = set(images)
-    problems = [f"{file.path}: {len(own)} annotations of image {key}, which is not among the images"
-                for file in files.values() for key, spans in file.spans["annotations"].items() if key not in known for own in [spans[::2]]]
-    folder = Path(args.panoptic_dir or str(args.panoptic).removesuffix(".json"))
+    known, problems = set(images), []
+    for file in files.values():
+        problems += file.problems
+        problems += [f"{file.path}: image {key} occurs {len(spans) // 2} times; the first one counts"
+                     for key, spans in file.spans["images"].items() if len(spans) > 2]
+        problems += [f"{file.path}: {len(spans) // 2} annotations of image {key}, which is not among the images"
+                     for key, spans in file.spans["annotations"].items() if key not in known]
 
     def region(name: str, annotation: dict, shape: Callable[[], dict], where: str) -> dict:
-        category = categories[name].get(annotation.get("category_id"))
+        category = categories[name].get(str(annotation.get("category_id")))
         if category is None:
             raise InputError(f"{where}: category_id {annotation.get('category_id')} is not among the categories")
         return {"phrase": category_phrase(category["name"]), **shape()}
@@ -395,7 +271,7 @@ def from_coco(args) -> Source:
                 ids = panoptic_ids(folder / a["file_name"], size, where)
                 rles = segment_rles(ids)
                 for s in a["segments_info"]:
-                    if not both or not categories["panoptic"].get(s.get("category_id"), {}).get("isthing"):
+                    if not both or not categories["panoptic"].get(str(s.get("category_id")), {}).get("isthing"):
                         spot = f"{args.panoptic}: segment {s.get('id')} of {where}"
                         with listed(problems, spot):
                             if s.get("id") not in rles:
@@ -452,26 +328,30 @@ def from_flickr30k(args) -> Source:
         scale = (size[0] / said["width"], size[1] / said["height"]) * 2 if args.resized else (1,) * 4
         if not args.resized:
             same_size(said, size, where)
-        entities = {}
+        entities, refused = {}, set()                           # refused: entities of which a box is not good
         for item in tree.iter("object"):
             if item.find("bndbox") is not None:
                 spot = f"{boxes / name}.xml: entity {item.findtext('name')}"
+                names_of = {entity.text for entity in item.findall("name")}
                 with listed(problems, spot):
                     # the files count pixels from 1, up to and with the last one
                     x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
                     box = [round(n * by, 2) for n, by in zip((max(x0 - 1, 0), max(y0 - 1, 0), x1, y1), scale)]
                     checked({"bbox": box}, size, spot)
-                    for entity in item.findall("name"):
-                        entities.setdefault(entity.text, []).append(box)
-        said = dict.fromkeys((phrase, entity) for line in lines for entity, phrase in PHRASE.findall(line) if entity in entities)
+                    for entity in names_of:
+                        entities.setdefault(entity, []).append(box)
+                    names_of = set()
+                refused |= names_of
+        said = [(phrase.lower(), entity) for line in lines for entity, phrase in PHRASE.findall(line)]
         if args.to == "refer":
             entities_of = {}
             for phrase, entity in said:
-                entities_of.setdefault(phrase.lower(), {})[entity] = True
-            found = [(phrase, entities[entity]) for phrase, (entity, *others) in entities_of.items() if not others]
+                entities_of.setdefault(phrase, {})[entity] = True
+            found = [(phrase, entities.get(entity, [])) for phrase, (entity, *others) in entities_of.items()
+                     if not others and entity not in refused]
             regions = [{"phrase": phrase, "bbox": own[0]} for phrase, own in found if len(own) == 1]
             return refer_records(name, image, regions, args.request, problems)
-        regions = dict.fromkeys((phrase.lower(), tuple(box)) for phrase, entity in said for box in entities[entity])
+        regions = dict.fromkeys((phrase, tuple(box)) for phrase, entity in said for box in entities.get(entity, []))
         captions = [PHRASE.sub(r"\2", line) for line in lines]
         regions = [{"phrase": phrase, "bbox": list(box)} for phrase, box in regions]
         return records_of(name, image, captions, regions, args.captions_per_image, problems)
@@ -489,10 +369,10 @@ def from_grandf(args) -> Source:
     keys = list(file.spans["images" if coco else None])
 
     def one(number: int, problems: list[str]) -> list[dict]:
-        key = keys[number]
+        key = name = keys[number]
         item = file.get("images" if coco else None, key)[0]
         if isinstance(item, dict) and len(item) == 1:
-            item = next(iter(item.values()))                    # RefCOCOg: its id is the key
+            (name, item), = item.items()                        # RefCOCOg: its id is the key
         if not isinstance(item, dict) or not isinstance(item.get("caption"), str):
             raise InputError(f'{args.data}: entry {key} has no "caption"')
         image = item.get("file_name") or item.get("img_file_name")
@@ -515,7 +395,7 @@ def from_grandf(args) -> Source:
         for phrase, shape in shapes:
             with listed(problems, f"{where}: {phrase!r}"):
                 regions.append({"phrase": phrase, **shape_of(shape, size, f"{where}: {phrase!r}")})
-        return records_of(str(item.get("image_id", item.get("id", key))), image, [caption], regions, 1, problems)
+        return records_of(str(item.get("image_id", item.get("id", name))), image, [caption], regions, 1, problems)
 
     return Source(len(keys), each(one))
 
@@ -577,19 +457,16 @@ def from_refcoco(args) -> Source:
 
 
 def answer_of(record: dict, where: str) -> str:
-    """What the assistant first says in a LLaVA record, "" for nothing. InputError: a turn without a role or text; training refuses it."""
-    said = []
-    for i, turn in enumerate(record.get("conversations") or []):
-        if turn["from"] not in data.ROLES or not isinstance(turn["value"], str):
-            raise InputError(f'{where}: turn {i} is not {{"from": "human" or "gpt", "value": text}}')
-        said += [turn["value"]] if data.ROLES[turn["from"]] == "assistant" else []
-    return said[0] if said else ""
+    """What the assistant first says in a LLaVA record. InputError: not a conversation that training takes."""
+    return data.check_turns(record.get("conversations"), record.get("image") is not None, where)[1][1]
 
 
 def llava_record(record: dict, args, where: str, problems: list[str]) -> dict:
-    """A LLaVA record as it is, without the regions that do not fit its image. InputError: its image is broken, or a turn is not text."""
+    """A LLaVA record as it is, without the regions that do not fit its image. InputError: its image is broken, or it is no conversation."""
     answer_of(record, where)
     if record.get("image") is None:
+        if record.get("regions"):
+            raise InputError(f'{where}: "image" is missing, which its regions are about')
         return record
     size, regions = image_size(data.image_path(record, args.image_dir, where), where), []
     for i, region in enumerate(record.get("regions") or []):

@@ -105,7 +105,10 @@ def main() -> None:
             seconds = [convert(Path(folder), count) for count in (few, args.count)]
             print(f"{(args.count - few) / (seconds[1] - seconds[0]):.0f} records/s, without the start")
     if args.data:
-        labels(args)
+        try:
+            labels(args)
+        except data.InputError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import annotate
 import data
 import eval as scorer
 import formats
+import large_json
 import pretrain
 from data import InputError
 from model import PatchAlignedModel
@@ -208,12 +209,22 @@ def test_flickr30k_entities_to_records_and_to_referring_expressions(tmp_path, ca
     assert len(scorer.read_items([tmp_path / "refer.jsonl"], tmp_path / "images", 0)) == 2
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.endswith(f"next: python eval.py runs/sft/ckpt.pt --data {tmp_path / 'refer.jsonl'} --image-dir {tmp_path / 'images'}")
+    xml, text = tmp_path / "Annotations" / "11.xml", tmp_path / "Sentences" / "11.txt"
+    whole = text.read_text(), xml.read_text()
+    text.write_text(whole[0] + "[/EN#7/scene The ball] and [/EN#8/people one of them] .\n")             # "the ball": 6, or 7, a scene
+    xml.write_text(whole[1].replace("<xmax>60<", "<xmax>600<"))                                          # so 8 has one box left of two
+    records, problems = convert(tmp_path / "unsure.jsonl", *flags, "--to", "refer")
+    assert [r["conversations"][0]["value"].split(": ")[1] for r in records] == ["a red ball", "one of them"] and len(problems) == 1
+    text.write_text(whole[0])
+    xml.write_text(whole[1])
     photo(tmp_path / "images" / "11_ab.jpg", (120, 20))
-    assert "is 120 x 20 pixels, but its annotation says 60 x 40" in convert(tmp_path / "b.jsonl", *flags)[1][0]
+    with pytest.raises(InputError, match="no record could be made of 1 images: .*is 120 x 20 pixels, but its annotation says 60 x 40"):
+        convert(tmp_path / "b.jsonl", *flags)
+    assert [path.name for path in tmp_path.glob("b.*")] == ["b.jsonl.problems"]
     assert convert(tmp_path / "c.jsonl", *flags, "--resized")[0][0]["regions"][2]["bbox"] == [18, 4.5, 28, 7.5]
-    xml = tmp_path / "Annotations" / "11.xml"
-    xml.write_text(xml.read_text().replace("<width>60<", "<width>0<"))
-    assert "ZeroDivisionError" in convert(tmp_path / "d.jsonl", *flags, "--resized")[1][0]
+    xml.write_text(whole[1].replace("<width>60<", "<width>0<"))
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        convert(tmp_path / "d.jsonl", *flags, "--resized")
 
 
 def test_grandf_in_its_three_forms(tmp_path):
@@ -234,7 +245,7 @@ def test_grandf_in_its_three_forms(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         (record,), problems = convert(tmp_path / f"{name}.jsonl", "--from", "grandf", "--data", tmp_path / f"{name}.json",
                                       "--image-dir", tmp_path / "images")
-        assert record["conversations"][1]["value"] == "A dog on grass.", name
+        assert record["conversations"][1]["value"] == "A dog on grass." and record["id"] == "9", name
         assert len(problems) == 1 and "not of the expected form" in problems[0], problems               # the malformed one, alone
         assert len(record["regions"]) == (2 if name == "psg" else 1)
         assert all(r["phrase"] == "A dog" and (data.region_mask(r, size, "") == mask).all() for r in record["regions"])
@@ -273,18 +284,20 @@ def test_refcoco_to_records_and_to_referring_expressions(tmp_path):
 
 def test_llava_records_stay_as_they_are(tmp_path):
     photo(tmp_path / "a.png", (20, 10))
-    good = {"id": 1, "image": "a.png", "extra": [1], "conversations": [{"from": "human", "value": "é?"}],
+    good = {"id": 1, "image": "a.png", "extra": [1], "conversations": [{"from": "human", "value": "é?"}, {"from": "gpt", "value": "x"}],
             "regions": [{"phrase": "x", "bbox": [0, 0, 5, 5]}]}
     bad = good | {"id": 2, "regions": [{"phrase": "x", "bbox": [0, 0, 50, 5]}, *good["regions"]]}
-    records = [good, {"id": 0, "conversations": []}, bad, good | {"image": "b.png"}]
-    records.append(good | {"id": 4, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": None}]})
+    records = [good, {"id": 0, "conversations": good["conversations"]}, bad, good | {"image": "b.png"}]
+    records += [good | {"id": 4, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": None}]},
+                good | {"id": 5, "conversations": good["conversations"][:1]}, good | {"id": 6, "image": None}]
     (tmp_path / "in.json").write_text(json.dumps(records))
     (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")      # with a mark
     for name in ("in.json", "in.jsonl"):
         made, problems = convert(tmp_path / f"{name}.out.jsonl", "--from", "llava", "--data", tmp_path / name, "--image-dir", tmp_path)
         assert made == [good, records[1], good | {"id": 2}]
-        assert len(problems) == 3 and all(words in own for words, own in zip(
-            ("outside its 20 x 10 image", "b.png", "record 4: turn 1 is not"), problems)), problems
+        assert len(problems) == 5 and all(words in own for words, own in zip(
+            ("outside its 20 x 10 image", "b.png", "record 4: turn 1 is not", "record 5: the last turn is the human's",
+             'record 6: "image" is missing'), problems)), problems
 
 
 # --------------------------------------------------------------------------------------------------------------------------- bad input
@@ -309,9 +322,15 @@ def test_bad_input_is_counted_and_listed_and_costs_nothing_else(tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps(content))
     told = json.loads((tmp_path / "captions.json").read_text())
     told["annotations"][0]["caption"] = 5
+    told["annotations"].append({"caption": "of no image"})
+    told["images"] += [told["images"][0], told["images"][1] | {"id": str(told["images"][1]["id"])}]     # twice; as a text: the same
     (tmp_path / "captions.json").write_text(json.dumps(told))
     (tmp_path / "panoptic" / "1000.png").unlink()
     records, problems = convert(tmp_path / "out.jsonl", *flags)
+    assert problems[1:4] == [f"{tmp_path / 'captions.json'}: {words}" for words in (
+        '1 of annotations have no "image_id"', "image 3 occurs 2 times; the first one counts",
+        "image 10 occurs 2 times; the first one counts")]
+    del problems[1:4]
     assert [len(r.get("regions", [])) for r in records] == [1, 2, 2, 2, 2, 2]
     assert [r["id"] for r in records] == ["3", "10", "17", "24", "31", "38"]
     assert records[0]["conversations"][1]["value"] == "caption 0.1 é"
@@ -373,7 +392,9 @@ def test_text_that_is_not_unicode_costs_its_record(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b'{"images": [{"id": 1, "file_name": "\xff"}]}', "not UTF-8 text"), (b'{"images": [{"id": 1}', "not valid JSON"),
     (b'{"images": [{"id": 1} {"id": 2}]}', "not valid JSON"), (b'[{"id": 1}]', "no list 'images'"), (b"", "not valid JSON"),
-    (b'{"images": [{"ID": 1}], "annotations": []}', 'has no "id"'), (b'{"images": [12', "not valid JSON")])
+    (b'{"images": [{"ID": 1}], "annotations": []}', 'has no "id"'), (b'{"images": [12', "not valid JSON"),
+    (b'{"images": [], "annotations": []} {}', "more at byte 34"), (b'{"x": ' + b"[" * 10**5, "nested too deep"),
+    (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}', 'no "caption"; is this COCO')])
 def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, run, content, message):
     (tmp_path / "c.json").write_bytes(content)
     (tmp_path / "images").mkdir()
@@ -388,7 +409,10 @@ def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, run, content, m
     (["--inspect", "1", "--grid", "3"], "--grid 3"), (["--from", "refcoco"], "needs --data"),
     (["--from", "refcoco", "--to", "refer", "--inspect", "1"], "--inspect draws regions"),
     (["--inspect", "1", "--pool", "3"], "--pool is not read without --vision"),
-    (["--inspect", "1", "--vision", "x", "--grid", "3", "3"], "--grid is not read with --vision")])
+    (["--inspect", "1", "--vision", "x", "--grid", "3", "3"], "--grid is not read with --vision"),
+    (["--from", "llava", "--data", "x.json", "--geometry", "pad"], "--geometry is read by --inspect alone"),
+    (["--from", "grandf"], "needs --data"), (["--from", "llava", "--data", "/"], "needs --data"),
+    (["--inspect", "1", "--vision", str(ROOT / "backbones" / "toy-llama")], "has no patches"), (["--inspect", "1", "--llm", "x"], "--llm")])
 def test_flags_that_make_no_sense_are_refused(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         convert(tmp_path / "out.jsonl", "--image-dir", tmp_path, *flags)
@@ -410,13 +434,15 @@ def test_large_files_are_read_by_position(tmp_path, monkeypatch):
     for ascii_only, indent in ((True, None), (False, 2)):
         path.write_text(("" if ascii_only else "\ufeff") + json.dumps(content, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
         monkeypatch.setattr("builtins.open", lambda p, *m: Pieces(path.read_bytes()) if p is path and m == ("rb",) else reader(p, *m))
-        found = list(formats.scan_json(path))
+        lists = set()
+        found = list(large_json.scan_json(path, lists))
         monkeypatch.undo()
         raw = path.read_bytes()
         assert [(name, element, json.loads(raw[start:end])) for name, element, start, end in found] == [
             (name, v, v) for name in ("b", "numbers") for v in content[name]]
-        objects = formats.Objects(str(path), {"b": "id"}, "a test")
-        assert list(objects.spans["b"]) == list(dict.fromkeys(v["id"] for v in content["b"]))
+        assert lists == {"b", "numbers", "empty"}
+        objects = large_json.Objects(str(path), {"b": "id"}, "a test")
+        assert list(objects.spans["b"]) == list(dict.fromkeys(str(v["id"]) for v in content["b"]))
         assert objects.get("b", "é漢") == [v for v in content["b"] if v["id"] == "é漢"] and objects.get("b", 4) == []
 
 
@@ -496,14 +522,15 @@ def test_inspect_shows_the_labels_that_training_sees(tmp_path, capsys, world):
     Image.new("RGB", size, (0, 0, 0)).save(tmp_path / "a.png")
     record = {"id": 1, "image": "a.png", "conversations": [], "regions": [
         {"phrase": "a dog", "bbox": [10, 0, 20, 20]}, {"phrase": "brown dogs", "bbox": [10, 0, 30, 10]}]}
-    (tmp_path / "out.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"id": 2, "regions": []}) + "\n")
+    others = [record | {"id": 2, "regions": []}, record | {"id": 3, "image": "b.png"}, 5, record | {"id": 4, "regions": ["x"]}]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (record, *others)))
     annotate.main(annotate.runtime.parse(annotate.Args, "", [
         "--inspect", "3", "--out", str(tmp_path / "out.jsonl"), "--image-dir", str(tmp_path), "--grid", "2", "2",
         "--llm", str(ROOT / "backbones" / "toy-llama")]))
     said = capsys.readouterr().out
-    assert "2 records, 1 of them with regions; 1 images; 2 regions" in said
+    assert "5 records, 2 of them with regions; 2 images; 4 regions" in said and "3 records cannot be used: " in said and "b.png" in said
     assert "2 x 2, crop, coverage 0.25: 75.0% labelled, with 2.00 words each" in said            # dog + brown dogs, brown dogs, dog, none
-    assert "dog 1, brown 1, dogs 1" in said and "words are not one token" in said
+    assert "dog 2, brown 2, dogs 2" in said and "words are not one token" in said
     assert said.splitlines()[-1] == (
         f"wrote {tmp_path / 'out.png'}; next: python pretrain.py --data {tmp_path / 'out.jsonl'} --image-dir {tmp_path}")
     picture, left = np.asarray(Image.open(tmp_path / "out.png")), annotate.SIDE + annotate.LEGEND

@@ -1,6 +1,7 @@
 """detect.py on tiny random Grounding DINO, SAM 2, SAM 3 and Florence-2: shapes, batches, resuming and processes, end to end."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def photos(tmp_path):
         Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8)).save(tmp_path / "images" / f"{i}.png")
         turns = ("human", "?"), ("gpt", ["A brown dog on the grass.", "A man, a red ball and a cat", "It is."][i % 3])
         records.append({"id": i, "image": f"{i}.png", "conversations": [{"from": who, "value": text} for who, text in turns]})
-    records.insert(3, {"id": "text", "conversations": []})
+    records.insert(3, {"id": "text", "conversations": records[0]["conversations"]})
     (tmp_path / "in.json").write_text(json.dumps(records))
     return tmp_path
 
@@ -202,7 +203,7 @@ def test_florence_captions_a_folder_and_tags_come_from_it(photos, models, monkey
     flags = ["--tagger", models / "florence", "--detector", models / "dino", "--threshold", 0.001, "--text-threshold", 0]
     (photos / "images" / "3.png").write_bytes(b"broken")
     records = convert(photos / "out.jsonl", "--image-dir", photos / "images", *flags)
-    assert [r["id"] for r in records] == ["0", "1", "2", "4", "5", "6"] and "3.png" in (photos / "out.jsonl.problems").read_text()
+    assert [r["id"] for r in records] == [f"{i}.png" for i in (0, 1, 2, 4, 5, 6)] and "3.png" in (photos / "out.jsonl.problems").read_text()
     for record in records:
         assert record["conversations"][1]["value"] == "a red ball on a table"
         assert {r["phrase"] for r in record["regions"]} <= {"red ball", "table"} and record["regions"]
@@ -213,8 +214,9 @@ def test_tags_of_a_file_and_bfloat16(photos, models):
     (photos / "tags.txt").write_text("0.png\tdog | cat\n2.png\tman\n")
     records = convert(photos / "out.jsonl", "--image-dir", photos / "images", "--tagger", photos / "tags.txt", "--dtype", "bfloat16",
                       "--detector", models / "dino", "--segmenter", models / "sam2", "--threshold", 0.001, "--text-threshold", 0)
-    assert [r["id"] for r in records] == ["0", "2"]             # the others have no tag, so no region and no caption: problems
-    assert (photos / "out.jsonl.problems").read_text().count("no caption and no region") == 5
+    assert [r["id"] for r in records] == ["0.png", "2.png"]     # the others have no tag, so no region and no caption: problems
+    problems = (photos / "out.jsonl.problems").read_text()
+    assert problems.count("no caption and no region") == 5 and f"image 1.png: no line for 1.png in {photos / 'tags.txt'}" in problems
     assert {r["phrase"] for r in records[0]["regions"]} <= {"dog", "cat"} and "rle" in records[0]["regions"][0]
 
 
@@ -229,10 +231,22 @@ def test_models_of_the_wrong_kind_are_refused(photos, models, flags, message):
         convert(photos / "out.jsonl", "--data", photos / "in.json", "--image-dir", photos / "images", *flags)
 
 
+@pytest.mark.parametrize("flag, missing", [("--detector", "model.safetensors"), ("--segmenter", "model.safetensors"),
+                                           ("--detector", "tokenizer.json"), ("--tagger", "model.safetensors")])
+def test_half_a_model_is_refused(photos, models, flag, missing):
+    names = {"--detector": models / "dino", "--segmenter": models / "sam2", "--tagger": models / "florence"}
+    shutil.copytree(names[flag], photos / "half")
+    weights = (photos / "half" / missing).read_bytes()
+    (photos / "half" / missing).write_bytes(weights[:len(weights) // 2])
+    flags = [f for name, folder in (names | {flag: photos / "half"}).items() for f in (name, folder)]
+    with pytest.raises(InputError, match=f"{flag} .*half: cannot be loaded; is the folder complete"):
+        convert(photos / "out.jsonl", "--image-dir", photos / "images", *flags)
+
+
 class Fake:
     """In the place of the models: fails on images named 2 and on batches with one, and tells how many it saw at once."""
 
-    error = RuntimeError("no such\nshape")
+    error, tags_of = RuntimeError("no such\nshape"), None
 
     def __init__(self, *arguments):
         pass
@@ -247,7 +261,8 @@ def test_an_image_that_the_models_fail_on_and_an_answer_that_is_no_text_are_list
     monkeypatch.setattr(detect, "Annotator", Fake)
     records = json.loads((photos / "in.json").read_text())
     regions = [{"phrase": "", "bbox": [0, 0, 5, 5]}, {"phrase": "x", "bbox": [0, 0, 500, 5]}, {"phrase": "x", "bbox": [0, 0, 5, 5]}]
-    records += [{"id": 7, "image": "6.png", "regions": regions}, {"id": 8, "image": "none.png", "regions": regions[2:]}]
+    records += [records[0] | {"id": i, "image": image, "regions": own} for i, image, own in (
+        (7, "6.png", regions), (8, "none.png", regions[2:]))]
     records[5]["conversations"][1]["value"] = None              # of image 4
     (photos / "in.json").write_text(json.dumps(records))
     flags = ["--data", photos / "in.json", "--image-dir", photos / "images", "--batch-size", 4]

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "pretrain": {"data", "runtime", "model", "features", "projector", "kernels", "toy", "cost"},
     "sft": {"data", "runtime", "model", "features", "toy", "cost"},
     "probe": {"data", "runtime", "model", "llava", "toy"}, "eval": {"data", "runtime", "model", "toy"},
-    "formats": {"data"}, "detect": {"data"}, "annotate": {"data", "runtime", "formats", "detect", "model", "projector"},
+    "large_json": {"data"}, "formats": {"data", "large_json"}, "detect": {"data"},
+    "annotate": {"data", "runtime", "formats", "large_json", "detect", "model", "projector"},
     "results": set(), "reproduce": {"data", "runtime", "results"},
     "kernels/bench": {"data", "runtime", "model", "projector"},                      # scripts, not the library; so are the next two
     "kernels/measure": {"data", "runtime"}, "kernels/gpu": {"data", "runtime"},
