@@ -311,7 +311,8 @@ def from_images(args: Args) -> Source:
 
 # ------------------------------------------------------------------------------------------------------------------------- inspect
 
-COLOURS = [(230, 60, 60), (60, 140, 230), (60, 180, 90), (240, 160, 40), (160, 90, 220), (40, 190, 190), (230, 100, 180), (130, 130, 40)]
+COLOURS = [(230, 60, 60), (60, 140, 230), (60, 180, 90), (240, 160, 40), (160, 90, 220), (40, 190, 190), (230, 100, 180), (130, 130, 40),
+           (120, 60, 30), (30, 60, 160), (170, 220, 60), (250, 220, 80)]
 FONT = ImageFont.load_default(13)
 SIDE, LEGEND, SAMPLE = 448, 260, 1000                           # pixels of a panel, of a list beside it; records whose patches are counted
 
@@ -338,49 +339,54 @@ def grid_of(args: Args) -> tuple[tuple[int, int], float]:
         raise InputError(f"--{error}") from None
 
 
-def overlay(image: Image.Image, masks: list[np.ndarray]) -> Image.Image:
-    """The image with masks (height, width) in [0, 1] laid over it, each in its colour."""
+def overlay(image: Image.Image, masks: list[tuple[int, np.ndarray]]) -> Image.Image:
+    """The image with masks (height, width) in [0, 1] laid over it, each in the colour of its number."""
     pixels = np.asarray(image, np.float32)
-    for i, mask in enumerate(masks):
+    for number, mask in masks:
         share = 0.55 * mask[..., None]
-        pixels = pixels * (1 - share) + share * np.float32(COLOURS[i % len(COLOURS)])
+        pixels = pixels * (1 - share) + share * np.float32(COLOURS[number % len(COLOURS)])
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def legend(names: list[str], lines: int) -> Image.Image:
-    """A list of names, each behind a square of its colour and its number."""
+def legend(names: dict[int, str], lines: int = 26) -> Image.Image:
+    """A list of names, each behind its number and a square of its colour."""
     panel = Image.new("RGB", (LEGEND, SIDE), "white")
     draw = ImageDraw.Draw(panel)
-    for i, name in enumerate(names[:lines]):
-        draw.rectangle((6, 6 + 17 * i, 18, 18 + 17 * i), fill=COLOURS[i % len(COLOURS)])
+    for i, (number, name) in enumerate(list(names.items())[:lines]):
+        draw.rectangle((6, 6 + 17 * i, 18, 18 + 17 * i), fill=COLOURS[number % len(COLOURS)])
         last = i == lines - 1 and len(names) > lines
-        draw.text((24, 4 + 17 * i), f"and {len(names) - i} more" if last else f"{i} {name}", fill="black", font=FONT)
+        draw.text((24, 4 + 17 * i), f"and {len(names) - i} more" if last else f"{number} {name}", fill="black", font=FONT)
     return panel
 
 
 def look(record: dict, image: Image.Image, args: Args, grid: tuple[int, int], aspect: float) -> Image.Image:
-    """One row of the picture: the image with its regions, their phrases, the encoder's view with the words of each patch, these words."""
+    """One row of the picture: the image with its regions, their phrases, the encoder's view with the words of each patch, these words. The
+    same words have the same number and colour in both."""
     regions = record["regions"]
     masks = [data.region_mask(region, image.size, f"record {record.get('id')}") for region in regions]
-    whole = overlay(image, masks)
-    whole.thumbnail((SIDE, SIDE))
+    named = [tuple(data.content_words(region["phrase"])) for region in regions]
 
     words = data.patch_words(regions, image.size, args.geometry, grid, args.coverage, f"record {record.get('id')}", aspect)
     sets = [own for own, _ in Counter(map(tuple, filter(None, words))).most_common()]
+    number = {own: i for i, own in enumerate(dict.fromkeys([*named, *sets]))}
+    whole = overlay(image, [(number[own], mask) for own, mask in zip(named, masks)])
+    whole.thumbnail((SIDE, SIDE))
     width, height = round(SIDE * min(aspect, 1)), round(SIDE / max(aspect, 1))
     view = image.crop(data.view_box(image.size, args.geometry, aspect)).resize((width, height))         # outside of the image it is black
     cell_y, cell_x = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
-    cells = np.array([sets.index(tuple(own)) if own else -1 for own in words]).reshape(grid)[cell_y][:, cell_x]        # (height, width)
-    view = overlay(view, [cells == i for i in range(len(sets))])
+    cells = np.array([number[tuple(own)] if own else -1 for own in words]).reshape(grid)[cell_y][:, cell_x]            # (height, width)
+    view = overlay(view, [(number[own], cells == number[own]) for own in sets])
     draw = ImageDraw.Draw(view)
     for i, own in enumerate(words):
         top, left = (i // grid[1]) * height / grid[0], (i % grid[1]) * width / grid[1]
         draw.rectangle((left, top, left + width / grid[1], top + height / grid[0]), outline=(255, 255, 255))
         if own:
-            draw.text((left + 2, top + 1), str(sets.index(tuple(own))), fill="white", font=FONT)
+            draw.text((left + 2, top + 1), str(number[tuple(own)]), fill="white", font=FONT)
+    phrases = Counter(named)
+    said = {number[own]: r["phrase"] + f" x {phrases[own]}" * (phrases[own] > 1) for own, r in reversed(list(zip(named, regions)))}
     row = Image.new("RGB", (2 * (SIDE + LEGEND), SIDE), "white")
-    for panel, left in ((whole, 0), (legend([r["phrase"] for r in regions], 26), SIDE), (view, SIDE + LEGEND),
-                        (legend([" + ".join(own) for own in sets], 26), 2 * SIDE + LEGEND)):
+    for panel, left in ((whole, 0), (legend(dict(sorted(said.items()))), SIDE), (view, SIDE + LEGEND),
+                        (legend({number[own]: " + ".join(own) for own in sets}), 2 * SIDE + LEGEND)):
         row.paste(panel, (left, 0))
     return row
 
@@ -482,7 +488,8 @@ def main(args: Args) -> None:
     drawn = args.inspect and runtime.rank() == 0 and inspect(args, *seen)
     wrote = " and ".join([str(out)] * bool(args.from_) + [str(out.with_suffix(".png"))] * bool(drawn))
     following = "eval.py runs/sft/ckpt.pt" if args.to == "refer" else "pretrain.py"
-    runtime.log(f"wrote {wrote or 'nothing'}; next: python {following} --data {out} --image-dir {args.image_dir}")
+    encoder = f" --vision {args.vision} --geometry {args.geometry}" * bool(args.vision) + f" --llm {args.llm}" * bool(args.llm)
+    runtime.log(f"wrote {wrote or 'nothing'}; next: python {following} --data {out} --image-dir {args.image_dir}{encoder}")
 
 
 if __name__ == "__main__":

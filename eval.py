@@ -503,7 +503,8 @@ def main(args):
         with runtime.atomic(scores_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     runtime.log(report(names, results))
-    following = f"torchrun sft.py {args.checkpoints[0]}" if results[0]["stage"] == "pretrain" else f"python probe.py {args.checkpoints[0]}"
+    tune = f"torchrun sft.py {args.checkpoints[0]}" + " --data ..." * bool(args.data)
+    following = tune if results[0]["stage"] == "pretrain" else f"python probe.py {args.checkpoints[0]}"
     written = ", ".join(str(file) for pair in files for file in pair)
     runtime.log(f"wrote {written}; next: {following if len(results) == 1 else f'look at {files[-1][1]}'}")
 

@@ -108,13 +108,13 @@ def behaviour(model: nn.Module, image_token: int, patches: int, size: tuple[int,
     return [given[0][0].float(), logits[0].float()]
 
 
-def refuse_unless_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype, what: str) -> None:
+def refuse_unless_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype, problem: str) -> None:
     """InputError unless two results of `behaviour` agree up to the rounding of dtype; words that only one side has do not count."""
     for name, a, b in zip(("patch embeddings", "logits"), ours, theirs):
         columns = min(a.shape[1], b.shape[1])
         error = float((a[:, :columns] - b[:, :columns]).norm() / a[:, :columns].norm())
         if not error < (1e-3 if dtype == torch.float32 else 0.05):
-            raise InputError(f"LLaVA cannot express {what}: its {name} differ by {error:.1%}")
+            raise InputError(f"{problem}: its {name} differ by {error:.1%}")
 
 
 # --------------------------------------------------------------------------------------------------------------------------- export
@@ -231,7 +231,7 @@ def to_llava(model: PatchAlignedModel, image_token: int, dtype: torch.dtype) -> 
         raise InputError(f"LLaVA cannot express {type(model.llm).__name__} and {type(model.encoder).__name__}: it has no {names[0]}")
     llava.to(dtype).eval()
     after = behaviour(llava, image_token, model.encoder_patches, size)
-    refuse_unless_equal(before, after, dtype, f"{model.config['vision']} and {model.config['llm']}")
+    refuse_unless_equal(before, after, dtype, f"LLaVA cannot express {model.config['vision']} and {model.config['llm']}")
     x = model.llm.get_input_embeddings()(torch.tensor([[3, 5, 7]]))                                # a cap hides in small logits
     plain = llava.lm_head(model.llm.base_model(inputs_embeds=x).last_hidden_state)
     if not torch.equal(model.llm(inputs_embeds=x).logits, plain):
@@ -266,7 +266,7 @@ def export(args: Export) -> None:
     """Checkpoint -> folder."""
     out, dtype = Path(args.out), getattr(torch, args.dtype)
     with new_folder(out) as folder:
-        model, checkpoint = load_checkpoint(args.checkpoint, dtype=dtype)
+        model, _ = load_checkpoint(args.checkpoint, dtype=dtype)
         if model.config.get("tune") == "lora":
             merge_lora(model)
         model.eval()
@@ -276,7 +276,7 @@ def export(args: Export) -> None:
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         llava = to_llava(model, image_token, dtype)
         setattr(llava.config, OURS, {
-            "stage": checkpoint["stage"], "config": {key: model.config[key] for key in KEPT if key in model.config}, "words": words,
+            "config": {key: model.config[key] for key in KEPT if key in model.config}, "words": words,
             "tokenizer": kept_of(model.tokenizer)})
         llava.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=64, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -404,13 +404,15 @@ def import_folder(name: str, path: Path) -> None:
             tokenizer.save_pretrained(Path(temporary, "llm"))
             for folder in folders:
                 Path(temporary, folder.name).rename(folder)
-        told = dict(geometry=geometry_of(name, processor), prompt=usable_prompt(name, theirs, tokenizer))
-        known = DEFAULTS | told | ours.get("config", {})
+        known = DEFAULTS | dict(geometry=geometry_of(name, processor)) | ours.get("config", {})
+        if not ours:
+            known["prompt"] = usable_prompt(name, theirs, tokenizer)
         model = PatchAlignedModel(known | dict(
             vision=str(folders[0]), llm=str(folders[1]), projector=kind, feature_layer=settings.vision_feature_layer,
             image_size=image_size, imported=name), dtype)
         load_trained(model, projector, name)
-        refuse_unless_equal(behaviour(model.eval(), settings.image_token_id, patches, size), expected, dtype, name)
+        found = behaviour(model.eval(), settings.image_token_id, patches, size)
+        refuse_unless_equal(found, expected, dtype, f"{name}: cannot be expressed here")
         with runtime.atomic(path) as file:
             save_checkpoint(file, model, "import", dict(steps=0))
     except BaseException:

@@ -309,7 +309,7 @@ def find_model(name: str, flag: str) -> str:
     if (Path(name) / "config.json").is_file():
         folder = Path(name).resolve()
         return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
         raise InputError(f"{flag} {name}: no such model folder (with a config.json), nor a hub name such as openai/clip-vit-base-patch32")
     return name
 
@@ -437,6 +437,8 @@ def load_checkpoint(path, device="cpu", dtype: torch.dtype = torch.float32) -> t
     errors of `read_checkpoint`, a backbone that is gone, or a projector that does not fit the backbones.
     """
     checkpoint = read_checkpoint(path)
+    if checkpoint["stage"] == "plan":
+        raise InputError(f"{path}: a plan of pretrain.py --dry-run, which has no weights; name a ckpt.pt")
     model = PatchAlignedModel(checkpoint["config"], dtype)
     load_trained(model, checkpoint["model"], path)
     return model.to(device), checkpoint

@@ -187,7 +187,7 @@ def main(args: Args) -> None:
     device = runtime.start(args.seed)
     dtype, rank, world = runtime.precision(device, args.dtype), runtime.rank(), runtime.world()
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    args, out = check(args), Path(args.out)
+    own_data, args, out = bool(args.data), check(args), Path(args.out)
 
     # ---- model: backbones in `dtype`, the projector in float32
     model = PatchAlignedModel({name: getattr(args, name) for name in CONFIG}, dtype).to(device)
@@ -219,6 +219,8 @@ def main(args: Args) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     elif rank == 0:
+        if (out / "ckpt.pt").exists():
+            print(f"{out / 'ckpt.pt'} is there and will be replaced; --resume goes on from its run, --out names another folder")
         (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
     metrics = runtime.Metrics(out / "metrics.jsonl", first)
     shares = (sampler.indices(0 if args.overfit else step) for step in range(first, steps))
@@ -285,7 +287,8 @@ def main(args: Args) -> None:
     if rank == 0:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
-    runtime.log(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}")
+    unseen = f" --data {args.val_data or args.data} --image-dir {args.image_dir}" if own_data else ""
+    runtime.log(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}{unseen}")
 
 
 if __name__ == "__main__":

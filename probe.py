@@ -536,7 +536,7 @@ def main(args):
             sheet([records[i] for i in shown], columns, names).save(temporary, format="PNG")
     baseline = "runs/caption_only"
     following = f"torchrun pretrain.py --patch-weight 0 --out {baseline} && python probe.py {baseline}/ckpt.pt {args.checkpoints[0]}"
-    alone = len(results) == 1 and args.checkpoints[0].endswith(".pt")
+    alone = len(results) == 1 and args.checkpoints[0].endswith(".pt") and not args.data              # of the toy world
     runtime.log(f"wrote {', '.join(map(str, files))}; next: {following if alone else f'look at {files[-1]}'}")
 
 

@@ -225,7 +225,7 @@ def dry_run(args: Args) -> None:
     with torch.device("meta"):
         prepare(model, args)
     cost.report(model, args, data, "sft")
-    print(f"nothing was written; next: {cost.command('sft.py')}")
+    print(f"nothing was written; next: {cost.command('sft.py').replace('plan.pt', 'ckpt.pt')}, once stage 1 has written its ckpt.pt")
 
 
 def main(args: Args) -> None:
@@ -281,6 +281,8 @@ def main(args: Args) -> None:
     if state:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
     elif rank == 0:
+        if (out / "ckpt.pt").exists():
+            print(f"{out / 'ckpt.pt'} is there and will be replaced; --resume goes on from its run, --out names another folder")
         (out / "resume.pt").unlink(missing_ok=True)                                                  # an earlier run's: never to go on from
     metrics = runtime.Metrics(out / "metrics.jsonl", first)
     with_image = sum(r.get("image") is not None for r in dataset.records)

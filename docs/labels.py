@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from model import find_model, load_backbone  # noqa: E402
 
 FILES, SIZE = 64, (640, 480)
 
@@ -54,7 +55,7 @@ def convert(folder: Path, count: int) -> float:
     coco(folder, count)
     command = [sys.executable, str(ROOT / "annotate.py"), "--from", "coco", "--instances", str(folder / "instances.json"), "--image-dir",
                str(folder), "--out", str(folder / f"{count}.jsonl")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"error: {' '.join(command)} failed")
@@ -63,13 +64,14 @@ def convert(folder: Path, count: int) -> float:
 
 
 def labels(args: argparse.Namespace) -> None:
-    """Print what the labels of a sample cost, and what opening and resizing its image does."""
-    records, tokenizer = data.read_records(args.data)[:args.records], AutoTokenizer.from_pretrained(args.llm)
+    """Print what the labels of a sample cost, and what all of it does."""
+    records = data.read_records(args.data)[:args.records]
+    tokenizer = load_backbone(AutoTokenizer, find_model(args.llm, "--llm"), "--llm")
     dataset = data.Records(records, args.image_dir, tokenizer, image_size=args.size, geometry=args.geometry, grid=args.grid,
                            mean=(0.5,) * 3, std=(0.5,) * 3, source=args.data)
     torch.set_num_threads(1)
     for _ in range(2):                                          # words' tokens are looked up once: the second round counts
-        spent = dict(image=0.0, labels=0.0)
+        spent = dict(sample=0.0, labels=0.0)
         for i in range(len(records)):
             started = time.process_time()
             size = dataset[i]["image_size"]
@@ -77,11 +79,11 @@ def labels(args: argparse.Namespace) -> None:
             words = data.patch_words(records[i].get("regions") or [], size, args.geometry, args.grid)
             data.patch_targets(words, dataset._lookup)
             spent["labels"] += time.process_time() - middle
-            spent["image"] += middle - started
+            spent["sample"] += middle - started
     spent = {name: 1e3 * seconds / len(records) for name, seconds in spent.items()}
     regions = sum(len(record.get("regions") or []) for record in records) / len(records)
     print(f"{args.data}: {len(records)} records, {regions:.1f} regions each, {args.grid[0]} x {args.grid[1]} patches, {args.geometry}: "
-          f"labels {spent['labels']:.1f} ms of the {spent['image']:.1f} ms that a whole sample takes")
+          f"labels {spent['labels']:.1f} ms of the {spent['sample']:.1f} ms that a whole sample takes")
 
 
 def main() -> None:
@@ -96,6 +98,8 @@ def main() -> None:
     parser.add_argument("--grid", type=int, nargs=2, default=(16, 16), help="rows and columns of patches")
     parser.add_argument("--geometry", default="crop", choices=list(data.GEOMETRIES))
     args = parser.parse_args()
+    if not args.data and args.count < 2:
+        parser.error("--count of 2 images or more, or --data")
     if args.count:
         with tempfile.TemporaryDirectory() as folder:
             for i in range(FILES):
@@ -103,7 +107,7 @@ def main() -> None:
                 Image.fromarray(noise.numpy()).resize(SIZE).save(Path(folder, f"{i}.jpg"), quality=90)
             few = args.count // 10 or 1
             seconds = [convert(Path(folder), count) for count in (few, args.count)]
-            print(f"{(args.count - few) / (seconds[1] - seconds[0]):.0f} records/s, without the start")
+            print(f"{1e3 * (seconds[1] - seconds[0]) / (args.count - few):.1f} ms a record, without the start")
     if args.data:
         try:
             labels(args)

@@ -532,10 +532,13 @@ def test_inspect_shows_the_labels_that_training_sees(tmp_path, capsys, world):
     assert "2 x 2, crop, coverage 0.25: 75.0% labelled, with 2.00 words each" in said            # dog + brown dogs, brown dogs, dog, none
     assert "dog 2, brown 2, dogs 2" in said and "words are not one token" in said
     assert said.splitlines()[-1] == (
-        f"wrote {tmp_path / 'out.png'}; next: python pretrain.py --data {tmp_path / 'out.jsonl'} --image-dir {tmp_path}")
+        f"wrote {tmp_path / 'out.png'}; next: python pretrain.py --data {tmp_path / 'out.jsonl'} --image-dir {tmp_path}"
+        f" --llm {ROOT / 'backbones' / 'toy-llama'}")
     picture, left = np.asarray(Image.open(tmp_path / "out.png")), annotate.SIDE + annotate.LEGEND
     shown = [tuple(picture[y, left + x]) for y in (100, 330) for x in (150, 380)]
-    assert shown == [tuple(int(0.55 * n) for n in colour) for colour in (*annotate.COLOURS[:3], (0, 0, 0))]  # one for each set of words
+    colours = [tuple(int(0.55 * n) for n in colour) for colour in (*annotate.COLOURS[:3], (0, 0, 0))]
+    assert shown == [colours[i] for i in (2, 1, 0, 3)]          # both, "brown dogs" and "a dog" as in the image beside it, none
+    assert tuple(picture[15, 15]) == colours[0] and tuple(picture[5, 25]) == colours[1]
 
 
 @pytest.mark.parametrize("size, flags, grid", [
