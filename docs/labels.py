@@ -29,6 +29,11 @@ import data  # noqa: E402
 from model import find_model, load_backbone  # noqa: E402
 
 FILES, SIZE = 64, (640, 480)
+# A script in a process that at last prints its peak of memory in KiB; what wait4 says may be this process's own, which it was forked from.
+RUN = """import runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
 
 
 def coco(folder: Path, count: int) -> None:
@@ -53,14 +58,16 @@ def coco(folder: Path, count: int) -> None:
 def convert(folder: Path, count: int) -> float:
     """Run annotate.py over them, and print its peak of memory. -> processor seconds."""
     coco(folder, count)
-    command = [sys.executable, str(ROOT / "annotate.py"), "--from", "coco", "--instances", str(folder / "instances.json"), "--image-dir",
+    command = [sys.executable, "-c", RUN, str(ROOT / "annotate.py"), "--from", "coco", "--instances", str(folder / "instances.json"), "--image-dir",
                str(folder), "--out", str(folder / f"{count}.jsonl")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
+    before = os.times()
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings)
+    if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed")
-    print(f"annotate.py, {count} records of 7 regions: peak {used.ru_maxrss / 1024:.0f} MiB", flush=True)
-    return used.ru_utime + used.ru_stime
+    print(f"annotate.py, {count} records of 7 regions: peak {int(done.stdout.split()[-1]) / 1024:.0f} MiB", flush=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def labels(args: argparse.Namespace) -> None:
