@@ -58,8 +58,8 @@ def coco(folder: Path, count: int) -> None:
 def convert(folder: Path, count: int) -> float:
     """Run annotate.py over them, and print its peak of memory. -> processor seconds."""
     coco(folder, count)
-    command = [sys.executable, "-c", RUN, str(ROOT / "annotate.py"), "--from", "coco", "--instances", str(folder / "instances.json"), "--image-dir",
-               str(folder), "--out", str(folder / f"{count}.jsonl")]
+    command = [sys.executable, "-c", RUN, str(ROOT / "annotate.py"), "--from", "coco", "--instances", str(folder / "instances.json"),
+               "--image-dir", str(folder), "--out", str(folder / f"{count}.jsonl")]
     before = os.times()
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings)
