@@ -33,7 +33,7 @@ def straight(run, flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
     done = run("pretrain.py", *flags, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}"
+    assert done.stdout.splitlines()[-1].startswith(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'} --data ")
     return out
 
 
