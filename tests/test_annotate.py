@@ -112,6 +112,15 @@ def coco_files(folder, count=3, size=(53, 41), seed=0):
                                                                  for f in (f"--{n}", folder / f"{n}.json"))]
 
 
+def test_an_image_has_the_size_that_training_gives_it(tmp_path):
+    """Whatever its EXIF orientation, also one that does not exist."""
+    for orientation in range(1, 10):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+        assert formats.image_size(tmp_path / "a.jpg", "") == data.open_image(tmp_path / "a.jpg", "").size, orientation
+
+
 def test_polygons_are_those_of_pycocotools():
     rng = np.random.default_rng(0)
     for i in range(600):
@@ -447,6 +456,14 @@ def test_large_files_are_read_by_position(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------- parts and resuming
+
+
+def test_images_in_no_part_are_told_and_nothing_is_written(tmp_path):
+    """As on several machines that do not share the folder."""
+    (tmp_path / "out.jsonl.rank-0").write_text('{}\n[0, [{"id": 1}], []]\n')
+    with pytest.raises(InputError, match="1 images are in no part; --out must lie in a folder that all machines share"):
+        annotate.merge(formats.Source(2, None), tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.rank-0"]
 
 
 def test_two_processes_write_what_one_writes(tmp_path, run):
