@@ -198,10 +198,10 @@ class PatchAlignedModel(nn.Module):
         else:
             Z = batch["features"] if "features" in batch else self.encode(batch["pixel_values"])     # (N, P_v, D_v)
         H = self.projector(Z)                                                                        # (N, P, D)
-        X = self.splice(batch["input_ids"], H[:images], batch["places"])                         # (B, T, D)
+        X = self.splice(batch["input_ids"], H[:images], batch["places"])                             # (B, T, D)
         X = X + 0 * H.sum().to(X.dtype)
 
-        labels, first = batch["labels"], batch["first_label"]                                 # (B, T); no label before `first`
+        labels, first = batch["labels"], batch["first_label"]                                        # (B, T); no label before `first`
         keep = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)                    # token t is predicted at t - 1
         with never_packed():
             logits = self.llm(inputs_embeds=X, logits_to_keep=keep, use_cache=False).logits
@@ -309,7 +309,7 @@ def find_model(name: str, flag: str) -> str:
     if (Path(name) / "config.json").is_file():
         folder = Path(name).resolve()
         return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
+    if Path(name).exists() or name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1:
         raise InputError(f"{flag} {name}: no such model folder (with a config.json), nor a hub name such as openai/clip-vit-base-patch32")
     return name
 

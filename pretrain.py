@@ -287,8 +287,8 @@ def main(args: Args) -> None:
     if rank == 0:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
-    unseen = f" --data {args.val_data or args.data} --image-dir {args.image_dir}" if own_data else ""
-    runtime.log(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}{unseen}")
+    source = f" --data {args.val_data or args.data} --image-dir {args.image_dir}" if own_data else ""
+    runtime.log(f"wrote {out / 'ckpt.pt'}; next: python probe.py {out / 'ckpt.pt'}{source}")
 
 
 if __name__ == "__main__":
