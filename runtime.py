@@ -1,6 +1,6 @@
-"""What every stage does around its loop: flags from a dataclass, rank and device, schedule, atomic files, logging.
+"""What every stage does around its loop: flags, ranks, batches, schedule, atomic files, the log.
 
-Nothing here knows the method. A stage's loop, model and losses stay in the stage's own file, in full view.
+Nothing here knows the method. A stage's loop and its losses stand in the stage's own file.
 """
 import argparse
 import ast
@@ -11,86 +11,142 @@ import itertools
 import json
 import math
 import os
+import platform
+import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 import typing
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-# ------------------------------------------------------------------------------------------------------------------------ flags
+
+class InputError(ValueError):
+    """Bad user input, in one line: where (file, record, flag), what is wrong, what to do."""
+
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line for an error in place of the whole usage, and flag files: in place of @FILE come the words of FILE."""
+    """argparse with errors of one line; in place of @FILE come the words of FILE."""
 
     def error(self, message: str):
         """Print the line and exit with status 2."""
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """A line of a flag file -> its words, as a shell splits them; from a # on it is a comment."""
+        """A line of a flag file -> its words, as a shell splits them; # begins a comment."""
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
             self.error(f"flag file, line {line.strip()!r}: {str(error).lower()}")
 
 
-def parse(cls, doc: str, argv: list[str] | None = None):
-    """Command line -> instance of the dataclass `cls`: a flag per field, its default the field's, its help the string below the field.
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """--help with one line per flag."""
 
-    Booleans become --x/--no-x, `list[str]` fields flags that take several values, fields with metadata {"positional": True} positional
-    arguments, metadata {"choices": ...} a closed set. An unknown flag or a bad value prints one line and exits with status 2.
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=110)
+
+    def _format_action_invocation(self, action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
+
+def parse(cls, doc: str, argv: list[str] | None = None):
+    """Command line -> instance of the dataclass `cls`: a flag per field, its docstring the help.
+
+    Booleans become --[no-]x, `list[str]` fields take several values. metadata {"positional": True}
+    makes a positional argument, {"choices": [...]} a closed set. A comment `# --- model` between
+    two fields begins a group of --help. A bad flag prints one line and exits with status 2.
     """
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    source = textwrap.dedent(inspect.getsource(cls))
+    body = ast.parse(source).body[0].body
     helps = {a.target.id: b.value.value for a, b in zip(body, body[1:])
-             if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@",
+             if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+    titles = {i: match[1] for i, line in enumerate(source.splitlines(), 1)
+              if (match := re.match(r"\s*# --- (.+)", line))}
+    lines = {a.target.id: a.lineno for a in body if isinstance(a, ast.AnnAssign)}
+
+    parser = Parser(description=doc, formatter_class=Formatter, allow_abbrev=False, add_help=False,
+                    fromfile_prefix_chars="@", usage="%(prog)s [flags] [arguments]",
                     epilog="@FILE reads flags from a file, with # comments; flags after it win.")
-    types = typing.get_type_hints(cls)
+    groups, types = {}, typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        text = helps.get(f.name, "")
+        title = titles.get(max((i for i in titles if i < lines[f.name]), default=0), "main")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind, choices, text = types[f.name], f.metadata.get("choices"), helps.get(f.name, "")
+        many = dict(nargs="+") if kind == list[str] else {}
         if f.metadata.get("positional"):
-            parser.add_argument(f.name, nargs="+" if types[f.name] == list[str] else None, help=text)
+            groups[title].add_argument(f.name, help=text, **many)
             continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        shown = default if default not in ("", []) else "none"
-        options = dict(default=default, help=f"{text} (default: {shown})".replace("%", "%%"), dest=f.name)
-        if types[f.name] is bool:
+        shown = f" [{default}]" if default not in ("", [], False) else ""
+        named = f"{' | '.join(filter(None, choices))}; " if choices else ""
+        text = f"{named}{text}{shown}".replace("%", "%%")
+        options = dict(default=default, help=text, dest=f.name)
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif types[f.name] == list[str]:
-            options["nargs"] = "+"
         else:
-            options |= dict(type=types[f.name], choices=f.metadata.get("choices"))
-        parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), **options)                  # from_, since from is Python's
+            options |= many or dict(type=kind, choices=choices)
+            options["metavar"] = {int: "N", float: "X"}.get(kind, "NAME")
+        flag = "--" + f.name.rstrip("_").replace("_", "-")     # from_, since from is Python's
+        groups[title].add_argument(flag, **options)
+    groups[title].add_argument("-h", "--help", action="help", help="show this and exit")
     try:
         return cls(**vars(parser.parse_args(argv)))
     except UnicodeDecodeError:
         parser.error("an @FILE is not UTF-8 text")
 
 
-def run(main, cls, doc: str, bad_input: type[Exception]) -> None:
-    """`main(args)` with flags from the command line; `bad_input`, or a file that the system refuses, becomes one line on stderr and exit
-    status 2. Any other exception is a bug and keeps its traceback."""
+def run(main, cls, doc: str) -> None:
+    """`main(args)` with flags from the command line.
+
+    InputError, and a file that the system refuses, become one line on stderr and exit status 2. Any
+    other exception is a bug and keeps its traceback.
+    """
     try:
         main(parse(cls, doc))
-    except (bad_input, OSError) as error:
+    except (InputError, OSError) as error:
         if isinstance(error, OSError) and not error.filename:
             raise
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error).strip()
-        message = message.splitlines()[-1]               # a data loader's worker puts its traceback in front
-        print("error: " + message.removeprefix(f"{bad_input.__module__}.{bad_input.__qualname__}: "), file=sys.stderr)
+        system = isinstance(error, OSError)
+        message = f"{error.filename}: {error.strerror}" if system else str(error).strip()
+        message = message.splitlines()[-1]              # a loader's worker has a traceback in front
+        print("error: " + message.removeprefix("runtime.InputError: "), file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------------------- ranks and devices
+def check_lowest(args, **lowest: float) -> None:
+    """Refuse flags below their lowest value."""
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is less than {low}")
+
+
+# ---- ranks and devices ---------------------------------------------------------------------------
+
+
+def toy_data(args, toy, *own: str) -> Path:
+    """The toy world's folder, made if it is not there. `own`: flags that need --data."""
+    for name in own:
+        if getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} needs --data; without it the toy world is"
+                             " used")
+    return toy.DATA if args.dry_run else toy.ensure_once()
 
 
 def rank() -> int:
@@ -104,7 +160,7 @@ def world() -> int:
 
 
 def start(seed: int) -> torch.device:
-    """Join the process group (NCCL on GPUs, gloo on CPU), seed torch alike on all ranks, and return this rank's device."""
+    """Join the process group (NCCL or gloo), seed all ranks alike -> this rank's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -116,11 +172,11 @@ def start(seed: int) -> torch.device:
 
 
 def precision(device: torch.device, name: str = "auto") -> torch.dtype:
-    """The dtype of the matrix products, by name; auto: bfloat16 on GPUs that have it, else float32, since few CPUs are faster in
-    bfloat16 (those with AMX may be)."""
+    """The dtype of the products, by name. auto: bfloat16 on GPUs that have it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    low = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if low else torch.float32
 
 
 def barrier() -> None:
@@ -141,20 +197,27 @@ def all_sum(tensors: list[torch.Tensor]) -> None:
         tensors = tensors[many:]
 
 
-# --------------------------------------------------------------------------------------------------------------- batches and means
+# ---- batches, means, validation ------------------------------------------------------------------
 
 
-def loader(dataset, index_lists, collate, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
-    """Batches of the given lists of record indices, in order; `workers` -1: 4 processes on a GPU, none on a CPU."""
+def loader(dataset, index_lists, workers: int, device: torch.device) -> DataLoader:
+    """Batches of these lists of record indices. workers -1: 4 processes on a GPU, else none."""
     workers = workers if workers >= 0 else 4 if device.type == "cuda" else 0
-    return torch.utils.data.DataLoader(dataset, batch_sampler=index_lists, collate_fn=collate, num_workers=workers,
-                                       pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                                       generator=torch.Generator())      # torch's own is dropout's alone
+    return DataLoader(
+        dataset, batch_sampler=index_lists, collate_fn=dataset.collate, num_workers=workers,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        generator=torch.Generator())                     # torch's own numbers are dropout's alone
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """The batch's tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in batch.items()}
+
+
+def split(items: list, size: int) -> list[list]:
+    """The items in runs of `size`."""
+    return [items[i: i + size] for i in range(0, len(items), size)]
 
 
 def mean(total: float, count: float) -> float | None:
@@ -162,62 +225,75 @@ def mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-class Clock:
-    """Samples per second, and which shares of the time between two logged steps pass outside the model; the host never waits for it.
+class Validation:
+    """Mean losses over held-out records, each rank on its share.
 
-        with clock("data"): the loop waits for batches; with clock("model"): forward, backward and update; with clock("validation"): not
-        counted at all. On a GPU the host only starts what is in "model", so the GPU's own clock measures it.
+    Every rank goes through as many batches, since sharded weights are gathered together. A rank
+    that runs out of records repeats one that it does not count.
     """
 
-    def __init__(self, device: torch.device, step: int):
-        self.cuda, self.step = device.type == "cuda", step
-        self._restart()
+    def __init__(self, dataset, micro: int, workers: int, device: torch.device):
+        own = list(range(rank(), len(dataset), world()))
+        lists = split(own, micro)
+        self.dataset, self.device, self.counted = dataset, device, len(lists)
+        lists += [[0]] * (-(-len(dataset) // (world() * micro)) - len(lists))
+        self.batches = loader(dataset, lists, workers, device)
 
-    def _restart(self) -> None:
-        self.began, self.seconds, self.events = time.perf_counter(), dict(data=0.0, model=0.0, validation=0.0), []
+    @torch.no_grad()
+    def __call__(self, model, names: dict[str, tuple[str, str]], autocast) -> dict[str, float]:
+        """names: {name: (sum, count)} of what `model(batch)` returns -> {name: mean}."""
+        model.eval()
+        totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(self.batches):
+            with autocast:
+                sums = model(self.dataset.complete(to_device(batch, self.device)))
+            if i < self.counted:
+                totals += torch.stack([torch.stack([sums[k].double() for k in pair])
+                                       for pair in names.values()])
+        self.dataset.flush()
+        all_sum([totals])
+        model.train()
+        return {name: mean(*pair) for name, pair in zip(names, totals.tolist())}
+
+
+class Clock:
+    """Samples per second, and the share of the time that the loop waits for data.
+
+    with clock("data"): waits; with clock("validation"): not counted.
+    """
+
+    def __init__(self, step: int):
+        self.step, self.began = step, time.perf_counter()
+        self.seconds = dict(data=0.0, validation=0.0)
 
     @contextlib.contextmanager
     def __call__(self, part: str):
         began = time.perf_counter()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.cuda and part == "model" else []
-        for event in events[:1]:
-            event.record()
         yield
-        for event in events[1:]:
-            event.record()
-            self.events.append(events)
         self.seconds[part] += time.perf_counter() - began
 
     def read(self, step: int, batch_size: int) -> dict[str, float]:
-        """{samples_per_second, waiting: share of the time for data, outside: share outside the model} since the last call."""
-        model = self.seconds["model"]
-        if self.events:
-            self.events[-1][1].synchronize()
-            model = sum(start.elapsed_time(end) for start, end in self.events) / 1000
+        """{samples_per_second, waiting} since the last call."""
         total = time.perf_counter() - self.began - self.seconds["validation"]
-        result = dict(samples_per_second=(step - self.step) * batch_size / total, waiting=self.seconds["data"] / total,
-                      outside=max(0.0, 1 - model / total))
-        self.step = step
-        self._restart()
+        result = dict(samples_per_second=(step - self.step) * batch_size / total,
+                      waiting=self.seconds["data"] / total)
+        self.__init__(step)
         return result
 
 
-# --------------------------------------------------------------------------------------------------------------------- schedule
-
-
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor of update `step` (from 0) out of `steps`: linear warm-up to 1, then half a cosine to 0."""
+    """Learning-rate factor of update `step`: linear warm-up to 1, then half a cosine to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# -------------------------------------------------------------------------------------------------------------- files and logging
+# ---- files and log -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary file beside `path` to write to, renamed to `path` on success and removed on failure: never half a file."""
+    """A temporary file to write to, renamed to `path` on success: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -231,26 +307,39 @@ def atomic(path):
         raise
 
 
+def begin(out: Path) -> None:
+    """Start anew in `out`: say what will be replaced, remove an earlier run's resume.pt."""
+    if rank() == 0:
+        if (out / "ckpt.pt").exists():
+            print(f"{out / 'ckpt.pt'} is there and will be replaced; --resume goes on from its run,"
+                  " --out names another folder")
+        (out / "resume.pt").unlink(missing_ok=True)
+
+
 def save_resume(path: Path, args, step: int, **state) -> None:
-    """Training state after `step` updates, on rank 0: whatever is given, and the flags. The data position and the random numbers are
-    functions of the step."""
+    """Training state after `step` updates, and the flags, from rank 0.
+
+    Neither the data position nor random numbers are in it: both are functions of the step.
+    """
     if rank() == 0:
         with atomic(path) as temporary:
             torch.save(dict(state, step=step, args=dataclasses.asdict(args)), temporary)
 
 
-def load_resume(path: Path, args, free: set[str], bad_input: type[Exception]) -> dict:
-    """What `save_resume` wrote. `free`: flags that may differ. `bad_input`: no file, or other flags."""
+def load_resume(path: Path, args, free: set[str]) -> dict:
+    """What `save_resume` wrote. free: flags that may differ. InputError: none, or other flags."""
     if not path.is_file():
-        raise bad_input(f"--resume: {path} does not exist; run without --resume, or name the folder with --out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)                  # the ranks share its pages
+        raise InputError(f"--resume: {path} does not exist; run without --resume,"
+                         " or name the folder with --out")
+    try:                                                 # mmap: the ranks share its pages
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:                                    # truncated or foreign
-        raise bad_input(f"--resume: {path} cannot be read; start again without --resume") from None
-    flag = {f.name: "" if f.metadata.get("positional") else f"--{f.name.replace('_', '-')} " for f in dataclasses.fields(args)}
-    changed = [f"{flag.get(k, k + ' ')}{v}" for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
+        raise InputError(f"--resume: {path} cannot be read; start again without --resume") from None
+    changed = [f"--{name.replace('_', '-')} {value}" for name, value in state["args"].items()
+               if name not in free and getattr(args, name, None) != value]
     if changed:
-        raise bad_input(f"--resume: {path} was written with {', '.join(changed)}; use the same flags")
+        raise InputError(f"--resume: {path} was written with {', '.join(changed)};"
+                         " use the same flags")
     log(f"resumed {path} at step {state['step']}")
     return state
 
@@ -263,28 +352,87 @@ def log(*text) -> None:
         tqdm.write(" ".join(str(t) for t in text))
 
 
+def finished(files, following: str = "") -> None:
+    """The last line of a stage: what it wrote, and the next command."""
+    files = [files] if isinstance(files, str | Path) else files
+    log(f"wrote {', '.join(map(str, files))}" + f"; next: {following}" * bool(following))
+
+
 class Metrics:
-    """metrics.jsonl: one line per logged step, each with the step and seconds since the start; rank 0 writes."""
+    """metrics.jsonl: a line per logged step, with the seconds since the start; rank 0 writes."""
 
     def __init__(self, path: Path, step: int = 0):
-        """`step`: lines of later steps, left by an interrupted run, are dropped; 0 starts the file anew."""
+        """step: lines of later steps, left by an interrupted run, are dropped; 0 starts anew."""
         self.path, self.began = Path(path), time.time()
         if rank() == 0:
             lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-            whole = [line for line in lines if line.endswith("}")]       # a killed process may leave half a line
+            whole = [line for line in lines if line.endswith("}")]   # a killed process leaves half
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
             with atomic(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+                temporary.write_text("".join(kept))
 
     def write(self, step: int, **values: float) -> None:
         """Append one line; floats are kept to 6 significant digits."""
         if rank() == 0:
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+            row = {"step": step, "seconds": round(time.time() - self.began, 1), **row}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 1), **row}) + "\n")
+                file.write(json.dumps(row) + "\n")
+
+
+def shown(values: dict[str, float]) -> str:
+    """Named numbers as a text."""
+    return ", ".join(f"{k} {v:.5g}" for k, v in values.items() if v is not None)
 
 
 def table(rows: list[list]) -> str:
-    """Rows of cells as aligned text: the first column to the left, the others to the right, floats to three decimals."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    """Rows as aligned text: the first column to the left, floats to three decimals, None as "-"."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row]
+             for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w)
+                               for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+
+
+def spread(items, n: int) -> list:
+    """n of the items at even steps; all of them for n = 0."""
+    return [items[i * len(items) // n] for i in range(n)] if 0 < n < len(items) else list(items)
+
+
+def outputs(checkpoints: list[str], out: str, *names: str) -> tuple[list[str], list[list[Path]]]:
+    """Short distinct names of checkpoints, and where the files `names` of each go.
+
+    Beside ckpt.pt stands eval.json, beside other.pt eval-other.json; a LLaVA folder gets it inside,
+    a hub name in runs/NAME; `out` takes those of all. InputError: two would be written to one file.
+    """
+    paths = [Path(c) for c in checkpoints]
+    file = [p.is_file() or p.suffix in (".pt", ".bin") for p in paths]
+    home = [p.parent if f else p if p.is_dir() else Path("runs", p.name)
+            for p, f in zip(paths, file)]
+    usual = [p.name == "ckpt.pt" or not f for p, f in zip(paths, file)]
+    short = [p.stem if not u else (p.resolve().parent if f else p.resolve()).name
+             for p, f, u in zip(paths, file, usual)]
+    if len(set(short)) < len(short):
+        short = [str(c).strip("./").replace("/", "-") for c in checkpoints]
+    folders = [Path(out or h) for h in home]
+    files = []
+    for folder, name, plain in zip(folders, short, usual):
+        ending = f"-{name}" if folders.count(folder) > 1 or not (plain or out) else ""
+        files.append([folder / f"{Path(n).stem}{ending}{Path(n).suffix}" for n in names])
+    if len(set(map(tuple, files))) < len(files):
+        raise InputError(f"{' '.join(map(str, checkpoints))}: two of them would be written to one"
+                         " file; name each once")
+    return short, files
+
+
+def machine() -> dict[str, str]:
+    """What runs here: hardware, versions, the commit of this project, the date."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    cpu = f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    described = "git describe --always --dirty"
+    commit = subprocess.run(described, shell=True, cwd=Path(__file__).parent, capture_output=True)
+    return dict(hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+                python=platform.python_version(), torch=torch.__version__,
+                transformers=metadata.version("transformers"), date=time.strftime("%Y-%m-%d"),
+                commit=commit.stdout.decode().strip() or "unknown")

@@ -1,8 +1,12 @@
-"""What all tests share: no network, NaN in uninitialised memory, and a very small toy world of our own making."""
+"""What all tests share: no network, NaN in uninitialised memory, a very small toy world."""
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"                       # before transformers is imported: a missing model is an error, not a download
+os.environ["HF_HUB_OFFLINE"] = "1"          # a missing model is an error, not a download
+os.environ["OMP_NUM_THREADS"] = "1"         # so that `run` and `here` give equal numbers
 
+import contextlib
+import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import runtime
 import toy
 
-ROOT = Path(toy.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"train": 48, "val": 6, "test": 6, "hard": 4, "distract": 4}
 
-
-with torch.device("meta"):                               # torch notes once which functions make tensors: let it be the true ones, not those
-    torch.empty(0)                                       # that poisoned_memory puts in their places
+torch.set_num_threads(1)
+with torch.device("meta"):          # torch notes once which functions make tensors: the true ones,
+    torch.empty(0)                  # not those that poisoned_memory puts in their places
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,8 @@ def poisoned_memory(monkeypatch):
 
         def poisoned(*size, make=make, **options):
             tensor = make(*size, **options)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
+            on_cpu = tensor.is_floating_point() and tensor.device.type == "cpu"
+            return tensor.fill_(float("nan")) if on_cpu else tensor
 
         monkeypatch.setattr(torch, name, poisoned)
 
@@ -48,12 +54,41 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run():
-    """run("pretrain.py", "--steps", 3, ...) -> the finished process, as from a user's shell; `processes` > 1 goes through torchrun."""
+    """run("pretrain.py", "--steps", 3) -> the finished process, as from a user's shell.
+
+    A name without .py is a package (python -m); processes > 1 go through torchrun.
+    """
     def run(script, *arguments, processes=0, cwd=ROOT):
         launcher = [sys.executable] if not processes else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", COLUMNS="200")
-        command = [*launcher, str(ROOT / script), *map(str, arguments)]
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+            str(processes)]
+        target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        environment = dict(os.environ, COLUMNS="200", PYTHONPATH=str(ROOT))
+        command = [*launcher, *target, *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def here():
+    """The same in this process, without seconds of imports: here("pretrain.py", "--steps", 3)."""
+    def here(script, *arguments):
+        stage = script.endswith(".py")
+        name = script.removesuffix(".py") if stage else f"{script}.__main__"
+        module = importlib.import_module(name)
+        words, out, err, code = [script, *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+        before, sys.argv = sys.argv, words
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                if stage:
+                    runtime.run(module.main, module.Args, module.__doc__)
+                else:
+                    module.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        finally:
+            sys.argv = before
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+    return here
