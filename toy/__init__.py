@@ -1,0 +1,26 @@
+"""The toy world: an embedded default that needs no download, in the same files as real data.
+
+    world.py       scenes: objects on a background, drawn with exact masks
+    language.py    what can be said about a scene: captions, questions, expressions, conversations
+    records.py     scenes -> data/toy, in LLaVA's records
+    texts.py, train.py      how the backbones were made (python -m toy --train-backbones)
+
+Every stage reads data/toy as it reads any data set; no stage knows that it is a toy.
+"""
+from toy.records import (
+    DATA,
+    LLM,
+    PRETRAIN,
+    SFT,
+    SPLITS,
+    VERSION,
+    VISION,
+    build,
+    clear,
+    ensure,
+    ensure_once,
+)
+from toy.world import SIZE
+
+__all__ = ["DATA", "LLM", "PRETRAIN", "SFT", "SIZE", "SPLITS", "VERSION", "VISION", "build",
+           "clear", "ensure", "ensure_once"]
