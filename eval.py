@@ -1,24 +1,23 @@
-"""Scores of any checkpoint: captions, referring expressions, visual questions and multiple choice, each with a 95 % interval.
+"""Scores of any checkpoint: captions, referring expressions, questions and multiple choice.
 
     caption   BLEU-1..4, ROUGE-L and CIDEr (that is CIDEr-D), against one or more references
     refer     mean IoU and Acc@0.5 of the predicted box
-    vqa       the official VQA accuracy, and the share of predictions that are an answer to the letter (exact)
+    vqa       the official VQA accuracy, and the share of answers that match to the letter (exact)
     choice    the share of right letters
 
-    python eval.py runs/sft/ckpt.pt                                     # the toy world
-    python eval.py runs/caption_sft/ckpt.pt runs/sft/ckpt.pt            # side by side; paired differences from the first
+    python eval.py runs/sft/ckpt.pt                            # the toy world
+    python eval.py runs/caption_sft/ckpt.pt runs/sft/ckpt.pt   # side by side; paired differences
     python eval.py ckpt.pt --data refcoco.jsonl vqa.jsonl --image-dir images --box-frame square
 
-Answers are greedy; what cannot be read as an answer counts as wrong, and is counted. Intervals are percentiles of a bootstrap that draws
-images, with all their records; checkpoints are compared on the same draws.
+Answers are greedy. What cannot be read as an answer counts as wrong, and is counted. Each score has a
+95% interval: percentiles of a bootstrap that draws images, with all their records. Checkpoints are
+compared on the same draws.
 
-reads:   each checkpoint and the backbones that it names; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
-         answers the last request, earlier turns are context; without "answer", what the record itself says there is the answer. Without
-         "task", a record of one answer about an image is a caption
-writes:  eval.json and predictions.jsonl beside each checkpoint (or in --out); of a checkpoint NAME.pt that is not ckpt.pt, eval-NAME.json
-         and predictions-NAME.jsonl
+reads:  checkpoints; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
+        answers the last request, earlier turns are context. Without "answer", what the record itself
+        says there is the answer; without "task", one answer about an image is a caption
+writes: eval.json and predictions.jsonl beside each ckpt.pt (eval-NAME.json beside NAME.pt), or in OUT
 """
-
 import json
 import math
 import re
@@ -32,8 +31,11 @@ from tqdm import tqdm
 
 import data
 import runtime
-from data import InputError
+from labels import transform_image, view_box
 from model import load_checkpoint, read_checkpoint
+from runtime import InputError
+
+# ---- Args ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -43,39 +45,43 @@ class Args:
     checkpoints: list[str] = field(metadata={"positional": True})
     """checkpoints to evaluate; later ones are compared with the first"""
     data: list[str] = field(default_factory=list)
-    """files of records (JSON or JSONL); none: the toy world's"""
+    """files of records; none: the toy world's"""
     image_dir: str = ""
-    """folder that the records' image paths are relative to; none: images/ beside the first file"""
+    """folder of the records' images; none: images/ beside the first file"""
+    box_frame: str = field(default="image", metadata={"choices": ["image", "square"]})
+    """what predicted boxes are relative to (LLaVA: square)"""
+    limit: int = 0
+    """records of each file, spread evenly over it; 0: all"""
     out: str = ""
     """folder for eval.json and predictions.jsonl; none: beside the checkpoint"""
-    limit: int = 0
-    """records of each file, spread evenly over it; 0 = all"""
+    # --- generation
     batch_size: int = 64
     """records answered at a time"""
     max_new_tokens: int = 64
     """longest answer, in tokens"""
-    box_frame: str = field(default="image", metadata={"choices": ["image", "square"]})
-    """what predicted boxes are relative to, as in the training data: the image, or the square that the encoder sees (LLaVA's data)"""
-    bootstrap: int = 1000
-    """draws of the bootstrap"""
-    seed: int = 0
-    """seed of the draws"""
     dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]})
-    """of the backbones; auto: bfloat16 on a GPU that has it, else float32"""
+    """auto: bfloat16 on a GPU that has it"""
+    seed: int = 0
+    """of the bootstrap's draws"""
 
 
-TOY = ("test", "test_vqa", "test_refer", "test_instruct", "hard_vqa", "hard_refer", "hard_instruct", "distract_refer")     # without --data
+DRAWS = 1000                                        # of the bootstrap
+TOY = ("test", "test_vqa", "test_refer", "test_instruct", "hard_vqa", "hard_refer",
+       "hard_instruct", "distract_refer")           # without --data
 
-# --------------------------------------------------------------------------------------------------------------------------------- captions
+# ---- captions ------------------------------------------------------------------------------------
 
-ORDERS = (1, 2, 3, 4)                                           # of n-grams
-SIGMA, BETA = 6.0, 1.2                                          # CIDEr-D's length penalty, in words; ROUGE-L's weight of recall
+ORDERS = (1, 2, 3, 4)                               # of n-grams
+SIGMA, BETA = 6.0, 1.2          # CIDEr-D's length penalty, in words; ROUGE-L's weight of recall
 TOKEN = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|\w+(?:-\w+)*")
 
 
 def words(text):
-    """Lower-case words of a caption, punctuation dropped. Ours, after the Penn Treebank tokenizer of coco-caption, which needs Java:
-    "isn't" is is + n't, "dog's" dog + 's, hyphenated words and numbers stay whole; symbols (&, %, $), which it keeps, are dropped."""
+    """Lower-case words of a caption, without punctuation: "isn't" is is + n't, "dog's" dog + 's.
+
+    Ours, after the Penn Treebank tokenizer of coco-caption, which needs Java. Hyphenated words and
+    numbers stay whole; symbols such as & and %, which it keeps, are dropped.
+    """
     return TOKEN.findall(text.lower().replace("’", "'"))
 
 
@@ -88,15 +94,14 @@ def common_length(a, b):
     """Length of the longest common subsequence of two lists."""
     row = [0] * (len(b) + 1)
     for x in a:
-        previous = row
-        row = [0]
+        previous, row = row, [0]
         for j, y in enumerate(b):
             row.append(previous[j] + 1 if x == y else max(previous[j + 1], row[j]))
     return row[-1]
 
 
 def rouge_l(candidate, references):
-    """ROUGE-L (Lin, 2004) as in coco-caption: F with BETA of the best precision and the best recall over the references; lists of words."""
+    """ROUGE-L (Lin, 2004) as in coco-caption: F of the best precision and the best recall."""
     common = [common_length(candidate, r) for r in references]
     precision = max(common) / max(1, len(candidate))
     recall = max(c / max(1, len(r)) for c, r in zip(common, references))
@@ -104,56 +109,66 @@ def rouge_l(candidate, references):
 
 
 def cider_d(candidate, reference, rarity):
-    """CIDEr-D (Vedantam et al., CVPR 2015), ten times, of two lists of `ngrams`. rarity: n-gram -> log(documents / those that hold it)."""
+    """CIDEr-D (Vedantam et al., CVPR 2015), times ten, of two lists of `ngrams`.
+
+    rarity: n-gram -> log(documents / documents that hold it).
+    """
     similarity = 0.0
     for counts, others in zip(candidate, reference):
         u, v = ({gram: n * rarity(gram) for gram, n in c.items()} for c in (counts, others))
         norm = math.sqrt(sum(x * x for x in u.values()) * sum(x * x for x in v.values()))
         if norm:
-            similarity += sum(min(x, v[gram]) * v[gram] for gram, x in u.items() if gram in v) / norm
+            shared = sum(min(x, v[gram]) * v[gram] for gram, x in u.items() if gram in v)
+            similarity += shared / norm
     longer = candidate[0].total() - reference[0].total()
     return 10 * similarity / len(ORDERS) * math.exp(-(longer**2) / (2 * SIGMA**2))
 
 
 def caption_statistics(candidates, references):
-    """What caption scores are made of, one row per caption, to be added up over captions: float64 (n, 13).
+    """What caption scores are made of, a row per caption, to be added up: float64 (n, 13).
 
-    Columns: CIDEr-D, ROUGE-L; BLEU's matching n-grams of each order, n-grams of each order, candidate's and closest reference's length; 1.
-    Document frequencies are those of all references given here: one document per caption.
+    Columns: CIDEr-D, ROUGE-L; BLEU's matching n-grams of each order, its n-grams of each order, the
+    candidate's length and the closest reference's; 1. Document frequencies are those of all
+    references given here, a document per caption.
     """
-    candidates, references = [words(c) for c in candidates], [[words(r) for r in several] for several in references]
+    candidates = [words(c) for c in candidates]
+    references = [[words(r) for r in several] for several in references]
     grams = [[ngrams(r) for r in several] for several in references]
-    documents = Counter(gram for several in grams for gram in {gram for r in several for counts in r for gram in counts})
+    documents = Counter(gram for several in grams
+                        for gram in {gram for r in several for counts in r for gram in counts})
 
     def rarity(gram):
         return math.log(len(grams) / max(1, documents[gram]))
 
     rows = []
     for candidate, several, counted in zip(candidates, references, grams):
-        own, size = ngrams(candidate), len(candidate)
-        limits = [Counter() for _ in ORDERS]
-        for reference in counted:
-            limits = [a | b for a, b in zip(limits, reference)]                                 # largest count in any one reference
+        own, size, limits = ngrams(candidate), len(candidate), [Counter() for _ in ORDERS]
+        for reference in counted:                   # the largest count in any one reference
+            limits = [a | b for a, b in zip(limits, reference)]
         matching = [(a & b).total() for a, b in zip(own, limits)]
         closest = min((abs(len(r) - size), len(r)) for r in several)[1]
         cider = sum(cider_d(own, r, rarity) for r in counted) / len(counted)
-        rows.append([cider, rouge_l(candidate, several), *matching, *(counts.total() for counts in own), size, closest, 1])
+        totals = [counts.total() for counts in own]
+        rows.append([cider, rouge_l(candidate, several), *matching, *totals, size, closest, 1])
     return np.float64(rows)
 
 
 def mean(column):
-    """The score that is the mean of a column of the statistics: their sums (..., k), counts last -> (...)."""
+    """The score that is the mean of a column of statistics, from sums (..., k), counts last."""
     return lambda sums: sums[..., column] / sums[..., -1]
 
 
 def bleu(order):
-    """Corpus BLEU (Papineni et al., 2002) up to an order, as a function of the summed `caption_statistics` (..., 13). The small numbers,
-    for what has no n-gram, are coco-caption's."""
+    """Corpus BLEU (Papineni et al., 2002) up to an order, from summed `caption_statistics`.
 
+    The small numbers, for what has no n-gram, are coco-caption's.
+    """
     def score(sums):
-        matching, total, size, closest = sums[..., 2:6], sums[..., 6:10], sums[..., 10], sums[..., 11]
-        precision = ((matching + 1e-15) / (total + 1e-9))[..., :order].prod(-1) ** (1 / order)
-        return precision * np.exp(np.minimum(0, 1 - (closest + 1e-9) / (size + 1e-15)))         # brevity penalty
+        matching, total, size, closest = (sums[..., 2:6], sums[..., 6:10], sums[..., 10],
+                                          sums[..., 11])
+        precisions = ((matching + 1e-15) / (total + 1e-9))[..., :order]
+        brevity = np.exp(np.minimum(0, 1 - (closest + 1e-9) / (size + 1e-15)))
+        return precisions.prod(-1) ** (1 / order) * brevity
     return score
 
 
@@ -161,95 +176,94 @@ CAPTION = {**{f"BLEU-{n}": bleu(n) for n in ORDERS}, "ROUGE-L": mean(1), "CIDEr"
 
 
 def caption_scores(candidates, references):
-    """{BLEU-1, .., BLEU-4, ROUGE-L, CIDEr} of n captions, as pycocoevalcap gives for the same words. CIDEr is CIDEr-D, from 0 to 10.
+    """{BLEU-1, .., BLEU-4, ROUGE-L, CIDEr} of n captions, as pycocoevalcap gives for the same words.
 
-    candidates: n texts; references: n lists of one or more texts. InputError: no captions, different numbers, or one without reference.
+    candidates: n texts; references: n lists of one or more texts. CIDEr is CIDEr-D, from 0 to 10.
+    InputError: no captions, other numbers of them, or one without a reference.
     """
     if not candidates or len(candidates) != len(references) or not all(references):
-        raise InputError(f"{len(candidates)} captions and {len(references)} lists of references: give each caption one or more references")
+        raise InputError(f"{len(candidates)} captions and {len(references)} lists of references:"
+                         " give each caption one or more references")
     sums = caption_statistics(candidates, references).sum(0)
     return {name: float(score(sums)) for name, score in CAPTION.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- visual questions
+# ---- visual questions ----------------------------------------------------------------------------
 
-# The facts of https://github.com/GT-Vision-Lab/VQA, vqaEval.py (v2): words that it maps, and the signs that it strips.
-NUMBERS = {"none": "0", **{w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}}
-CONTRACTIONS = """'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
-oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
-something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've
-we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've""".split()
-RESTORED = {w[:i] + w[i + 1 :]: w for w in CONTRACTIONS for i, sign in enumerate(w) if sign == "'"} | {"somebody'd": "somebodyd"}
+# Of https://github.com/GT-Vision-Lab/VQA, vqaEval.py (v2): words it maps, signs it strips.
+NUMBERS = {word: str(i) for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+CONTRACTIONS = """'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't
+don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll
+ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's
+what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
+you've""".split()
+RESTORED = {w[:i] + w[i + 1:]: w for w in CONTRACTIONS for i, sign in enumerate(w) if sign == "'"}
+RESTORED["somebody'd"] = "somebodyd"                # the script's own
 SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalised(text):
-    """An answer as the official VQA script compares it. Signs become blanks, or nothing where one stands beside a blank (and all of them
-    in a text with a comma between digits); periods go, except before a digit; lower case; number words become digits; no articles;
-    missing apostrophes are restored."""
-    joined = re.search(r"\d,\d", text)
-    clean = text
+    """An answer as the official VQA script compares it.
+
+    Signs become blanks, or nothing where one stands beside a blank (and all of them in a text with a
+    comma between digits). Periods go, except before a digit. Lower case, number words as digits, no
+    articles, missing apostrophes restored.
+    """
+    joined, clean = re.search(r"\d,\d", text), text
     for sign in SIGNS:
-        clean = clean.replace(sign, "" if joined or sign + " " in text or " " + sign in text else " ")
-    clean = re.sub(r"\.(?!\d)", "", clean, count=32)            # 32: the script passes re.UNICODE where a count is expected
+        nothing = joined or sign + " " in text or " " + sign in text
+        clean = clean.replace(sign, "" if nothing else " ")
+    clean = re.sub(r"\.(?!\d)", "", clean, count=32)    # the script passes re.UNICODE as a count
     numbered = (NUMBERS.get(w, w) for w in clean.lower().split())
     return " ".join(RESTORED.get(w, w) for w in numbered if w not in ("a", "an", "the"))
 
 
 def vqa_accuracy(prediction, answers):
-    """The official VQA accuracy of a prediction, in [0, 1] (Antol et al., ICCV 2015; GT-Vision-Lab/VQA, v2).
+    """The official VQA accuracy of a prediction, in [0, 1] (Antol et al., ICCV 2015; v2).
 
-    answers: usually ten texts: the mean, over leaving out each in turn, of min(matches among the others / 3, 1), so fewer than four
-    answers cannot give 1. As in the official script, answers that are all the same are compared as they are, without normalisation.
-    Ours: one answer (a text, or a list of one) is matched after normalisation, 1 or 0. InputError: no answer.
+    answers: usually ten texts: the mean, over leaving out each in turn, of min(matches among the
+    others / 3, 1), so fewer than four cannot give 1. As in the official script, answers that are all
+    the same are compared as they are, without normalisation. Ours: one answer (a text, or a list of
+    one) is matched after normalisation, 1 or 0. InputError: no answer.
     """
     answers = [answers] if isinstance(answers, str) else answers
     if not answers:
         raise InputError("a prediction is compared with one or more answers, here none")
-    prediction, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
-    if len(answers) == 1 or len(set(answers)) > 1:
-        prediction, *answers = map(normalised, (prediction, *answers))
-    matches = [answer == prediction for answer in answers]
-    if len(answers) == 1:
+    texts = [re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers)]
+    if len(answers) == 1 or len(set(texts[1:])) > 1:
+        texts = list(map(normalised, texts))
+    matches = [answer == texts[0] for answer in texts[1:]]
+    if len(matches) == 1:
         return float(matches[0])
-    return sum(min((sum(matches) - match) / 3, 1) for match in matches) / len(answers)
+    return sum(min((sum(matches) - match) / 3, 1) for match in matches) / len(matches)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- boxes and letters
+# ---- boxes and letters ---------------------------------------------------------------------------
 
 NUMBER = r"-?(?:\d*\.\d+|\d+)"
 BRACKETED = re.compile(rf"[\[(]\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*[\])]")
 LETTER = [re.compile(pattern) for pattern in (
-    r"^\W*([A-Za-z])\W*$",                                      # B   (b)   B.
-    r"^\W*([A-Za-z])[).:]",                                     # B. red   b) red
-    r"\b(?i:answer|option|choice)(?i:\s+is)?[\s:(*]+([A-Z]\b|[a-z](?=\W*$))",                   # The answer is B, option (B)
-    r"\(([A-Za-z])\)",                                          # it must be (B)
-    r"^([B-HJ-Zb-hj-z])\b(?!')")]                               # b because ...; but "A dog" and "I think" name no letter
+    r"^\W*([A-Za-z])\W*$",                          # B   (b)   B.
+    r"^\W*([A-Za-z])[).:]",                         # B. red   b) red
+    r"\b(?i:answer|option|choice)(?i:\s+is)?[\s:(*]+([A-Z]\b|[a-z](?=\W*$))",   # The answer is B
+    r"\(([A-Za-z])\)",                              # it must be (B)
+    r"^([B-HJ-Zb-hj-z])\b(?!')")]                   # b because; "A dog", "I think" name no letter
 
 
 def parse_box(text):
-    """The first four numbers in one pair of brackets, else the first four numbers: [x0, y0, x1, y1], relative; None unless all of them are
-    there and in [0, 1]."""
+    """The four numbers in one pair of brackets, else the first four: [x0, y0, x1, y1], relative.
+
+    None unless all four are there and in [0, 1].
+    """
     bracketed = BRACKETED.search(text)
-    numbers = [float(n) for n in re.findall(NUMBER, bracketed[0] if bracketed else text)[:4]]
+    found = re.findall(NUMBER, bracketed[0] if bracketed else text)
+    numbers = [float(n) for n in found[:4]]
     return numbers if len(numbers) == 4 and all(0 <= n <= 1 for n in numbers) else None
-
-
-def iou(a, b):
-    """Intersection over union of two boxes [x0, y0, x1, y1]; 0 for an empty or inverted one."""
-    if min(a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]) <= 0:
-        return 0.0
-    common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
-
-
-def box_in_pixels(box, image_size, frame, geometry, aspect=1.0):
-    """A relative box in pixels of the original image. frame: relative to the "image", or to the "square" that the encoder sees of it (where
-    that is not one, width / height = aspect)."""
-    x0, y0, x1, y1 = (0, 0, *image_size) if frame == "image" else data.view_box(image_size, geometry, aspect)
-    return [x0 + box[0] * (x1 - x0), y0 + box[1] * (y1 - y0), x0 + box[2] * (x1 - x0), y0 + box[3] * (y1 - y0)]
 
 
 def parse_choice(text):
@@ -258,121 +272,171 @@ def parse_choice(text):
     return found and found[1].upper()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- records
+def iou(a, b):
+    """Intersection over union of two boxes [x0, y0, x1, y1]; 0 for an empty or inverted one."""
+    if min(a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]) <= 0:
+        return 0.0
+    common = (max(0, min(a[2], b[2]) - max(a[0], b[0]))
+              * max(0, min(a[3], b[3]) - max(a[1], b[1])))
+    return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
+
+
+def box_in_pixels(box, image_size, frame, geometry, aspect=1.0):
+    """A relative box in pixels of the original image.
+
+    frame: relative to the "image", or to the "square" that the encoder sees of it (where that is
+    not one, width / height = aspect).
+    """
+    view = (0, 0, *image_size) if frame == "image" else view_box(image_size, geometry, aspect)
+    x0, y0, x1, y1 = view
+    return [x0 + box[0] * (x1 - x0), y0 + box[1] * (y1 - y0),
+            x0 + box[2] * (x1 - x0), y0 + box[3] * (y1 - y0)]
+
+
+# ---- records -------------------------------------------------------------------------------------
 
 TASKS = {"caption": "a text, or a list of texts, none of them empty",
          "refer": "a box [x0, y0, x1, y1] with x0 < x1 and y0 < y1, in pixels of the original image",
          "vqa": "a text, or a list of texts (usually ten)",
-         "choice": "one letter"}                                # what "answer" has to be
+         "choice": "one letter"}                    # what "answer" has to be
 
 
 def fits(task, answer):
     """Whether an answer has the form that TASKS asks for."""
     if task == "refer":
-        numbers = isinstance(answer, list) and len(answer) == 4 and all(type(n) in (int, float) for n in answer)
-        return numbers and -math.inf < answer[0] < answer[2] < math.inf and -math.inf < answer[1] < answer[3] < math.inf
+        box = isinstance(answer, list) and len(answer) == 4
+        return (box and all(type(n) in (int, float) and math.isfinite(n) for n in answer)
+                and answer[0] < answer[2] and answer[1] < answer[3])
     if task == "choice":
         return isinstance(answer, str) and re.fullmatch("[A-Za-z]", answer) is not None
     texts = [answer] if isinstance(answer, str) else answer
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         return False
     return all(map(words, texts)) if task == "caption" else any(map(str.strip, texts))
 
 
 def read_item(record, index, path, image_dir, sizes):
-    """One record -> {where, file, id, task, kind, answer, conversations, image (path or None), image_size (for refer), unit (what the
-    bootstrap draws together)}. sizes: (width, height) of the images opened so far. InputError: unknown task, an answer that does not fit
-    it, no conversation, no image where there must be one, or a box outside of it."""
-    where, turns, image = f"{path}: record {record.get('id', index)}", record.get("conversations"), record.get("image")
+    """One record -> {where, file, id, task, kind, answer, conversations, image, image_size, unit}.
+
+    image: its path or None; image_size: for refer; unit: what the bootstrap draws together; sizes:
+    of the images opened so far. InputError: whatever keeps the record from being scored.
+    """
+    where = f"{path}: record {record.get('id', index)}"
+    turns, image = record.get("conversations"), record.get("image")
     if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
         raise InputError(f'{where}: "conversations" is missing or not a list of turns')
     said = turns[-1].get("value") if turns[-1].get("from") in ("gpt", "assistant") else None
-    task = record.get("task", "caption" if len(turns) == 2 and said and image is not None else None)
-    if task not in list(TASKS):                                 # whatever JSON holds can be compared, not all of it hashed
-        raise InputError(f'{where}: "task" is {"missing" if task is None else repr(task)}; choose one of {", ".join(TASKS)}')
+    usual = "caption" if len(turns) == 2 and said and image is not None else None
+    task = record.get("task", usual)
+    if task not in list(TASKS):                     # a list, since not all JSON can be hashed
+        raise InputError(f'{where}: "task" is {"missing" if task is None else repr(task)}; choose'
+                         f" one of {', '.join(TASKS)}")
     answer = record.get("answer", said if task == "caption" else None)
     if not fits(task, answer):
-        raise InputError(f'{where}: "answer" {json.dumps(answer)[:60]} does not match task {task}: expected {TASKS[task]}')
+        raise InputError(f'{where}: "answer" {json.dumps(answer)[:60]} does not match task {task}:'
+                         f" expected {TASKS[task]}")
     if image is None and task in ("caption", "refer"):
         raise InputError(f'{where}: "image" is missing, which task {task} is about')
     image = None if image is None else data.image_path(record, image_dir, where)
     if image and not image.is_file():
-        raise InputError(f"{where}: there is no image {image}; --image-dir names the folder that images are in")
+        raise InputError(f"{where}: there is no image {image}; --image-dir names the folder that"
+                         " images are in")
     if task == "refer":
         if image not in sizes:
             sizes[image] = data.open_image(image, where).size
         width, height = sizes[image]
-        if min(answer) < -1 or answer[2] > width + 1 or answer[3] > height + 1:                 # up to a pixel beyond is rounding
-            raise InputError(f"{where}: the answer's box {answer} reaches outside its {width} x {height} image")
+        if min(answer) < -1 or answer[2] > width + 1 or answer[3] > height + 1:     # rounding
+            raise InputError(f"{where}: the answer's box {answer} reaches outside its"
+                             f" {width} x {height} image")
     kind = None if record.get("kind") is None else str(record["kind"])
-    return {"where": where, "file": Path(path).stem, "id": str(record.get("id", index)), "task": task, "kind": kind, "answer": answer,
-            "conversations": turns, "image": image, "image_size": sizes.get(image), "unit": str(image or (path, index))}
+    return dict(where=where, file=Path(path).stem, id=str(record.get("id", index)), task=task,
+                kind=kind, answer=answer, conversations=turns, image=image,
+                image_size=sizes.get(image), unit=str(image or (path, index)))
 
 
 def read_items(paths, image_dir, limit):
-    """The records of several files, `limit` of each at even steps (0 = all), checked -> list of items. InputError: see `read_item`; two
-    files of one name."""
+    """The records of several files, `limit` of each at even steps (0: all), checked -> items."""
     stems = [Path(path).stem for path in paths]
     if len(set(stems)) < len(stems):
-        raise InputError(f"--data {' '.join(map(str, paths))}: scores are named after their files, so two files need two names")
+        raise InputError(f"--data {' '.join(map(str, paths))}: scores are named after their files,"
+                         " so two files need two names")
     items, sizes = [], {}
     for path in paths:
-        records = data.read_records(path)
-        n = min(limit or len(records), len(records))
-        items += [read_item(records[i], i, path, image_dir, sizes) for i in (k * len(records) // n for k in range(n))]
+        chosen = runtime.spread(list(enumerate(data.read_records(path))), limit)
+        items += [read_item(record, i, path, image_dir, sizes) for i, record in chosen]
     return items
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- answers
+def answerable(path, items, toy):
+    """The items that a checkpoint can answer: all, or captions alone if its prompt is plain.
+
+    toy: they are the toy world's, of which such a checkpoint gets the first file. InputError: other
+    tasks in the user's own files.
+    """
+    checkpoint = read_checkpoint(path)
+    stage, questions = checkpoint["stage"], [i for i in items if i["task"] != "caption"]
+    if checkpoint["config"]["prompt"] != "plain" or not questions:
+        return items
+    if not toy:
+        raise InputError(f"{path}: this is a checkpoint of stage {stage}, which only captions, but"
+                         f" {questions[0]['where']} has task {questions[0]['task']}; run torchrun"
+                         f" sft.py {path} first or give --data with captions only")
+    runtime.log(f"{path}: a checkpoint of stage {stage} only captions, so {TOY[0]}.jsonl alone")
+    return [item for item in items if item["file"] == TOY[0]]
+
+
+# ---- answers and scores --------------------------------------------------------------------------
 
 
 def predict(model, items, batch_size, max_new_tokens):
-    """Greedy answers to the items, in their order. Batches hold one task where possible, and prompts of about the same length."""
+    """Greedy answers to the items, in their order. A batch holds prompts of about one length."""
     patches, prompt = model.grid[0] * model.grid[1], model.config["prompt"]
-    prompts = [data.tokenize_prompt(item["conversations"], model.tokenizer, prompt, patches if item["image"] else 0, item["where"])
+    prompts = [data.tokenize_prompt(item["conversations"], model.tokenizer, prompt,
+                                    patches if item["image"] else 0, item["where"])
                for item in items]
     order = sorted(range(len(items)), key=lambda i: (items[i]["task"], -len(prompts[i])))
     predictions = [""] * len(items)
-    for start in tqdm(range(0, len(items), batch_size), desc="answers", leave=False):
-        batch = order[start : start + batch_size]
-        images = [data.open_image(items[i]["image"], items[i]["where"]) for i in batch if items[i]["image"]]
-        pixels = [data.transform_image(image, *model.image_form) for image in images]           # (3, height, width) each
-        texts = model.generate([prompts[i] for i in batch], torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0), max_new_tokens)
+    for batch in tqdm(runtime.split(order, batch_size), desc="answers", leave=False):
+        images = [data.open_image(items[i]["image"], items[i]["where"])
+                  for i in batch if items[i]["image"]]
+        pixels = [transform_image(image, *model.image_form) for image in images]
+        pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
+        texts = model.generate([prompts[i] for i in batch], pixels, max_new_tokens)
         for i, text in zip(batch, texts):
-            predictions[i] = text.strip()
+            predictions[i] = text
     return predictions
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------- scores
 
 
 def measure(task, items, predictions, geometry, box_frame, aspect=1.0):
     """Predictions of one file's items of one task, as what scores are made of.
 
-    -> statistics (n, k), a row per item, whose first column is the item's own score and whose last is 1; {metric: function of their sums};
-    whether each prediction could be read as an answer.
+    -> statistics (n, k), a row per item, the first column its own score, the last one 1; {metric:
+    function of their sums}; whether each prediction could be read as an answer.
     """
     answers = [item["answer"] for item in items]
     if task == "caption":
         several = [[answer] if isinstance(answer, str) else answer for answer in answers]
         return caption_statistics(predictions, several), CAPTION, list(map(bool, predictions))
     if task == "vqa":
-        exact = [text == a.strip() if isinstance(a, str) else text in map(str.strip, a) for text, a in zip(predictions, answers)]
-        rows = [[vqa_accuracy(text, answer), same, 1] for text, answer, same in zip(predictions, answers, exact)]
-        return np.float64(rows), {"accuracy": mean(0), "exact": mean(1)}, list(map(bool, predictions))
+        rows = []
+        for text, answer in zip(predictions, answers):
+            every = [answer] if isinstance(answer, str) else answer
+            rows.append([vqa_accuracy(text, answer), text in map(str.strip, every), 1])
+        return (np.float64(rows), {"accuracy": mean(0), "exact": mean(1)},
+                list(map(bool, predictions)))
     if task == "choice":
         letters = list(map(parse_choice, predictions))
         rows = [[letter == answer.upper(), 1] for letter, answer in zip(letters, answers)]
         return np.float64(rows), {"choice": mean(0)}, [letter is not None for letter in letters]
 
-    boxes, frames = list(map(parse_box, predictions)), [box_frame]
-    if any(data.view_box(item["image_size"], geometry, aspect) != (0, 0, *item["image_size"]) for item in items):
+    boxes, frames, rows, metrics = list(map(parse_box, predictions)), [box_frame], [], {}
+    if any(view_box(i["image_size"], geometry, aspect) != (0, 0, *i["image_size"]) for i in items):
         frames.append("square" if box_frame == "image" else "image")
-    rows, metrics = [], {}
     for box, item in zip(boxes, items):
-        (width, height), (x0, y0, x1, y1) = item["image_size"], item["answer"]
-        inside = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-        overlaps = [iou(box_in_pixels(box, item["image_size"], frame, geometry, aspect), inside) if box else 0.0 for frame in frames]
+        size, (x0, y0, x1, y1) = item["image_size"], item["answer"]
+        inside = max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
+        overlaps = [iou(box_in_pixels(box, size, frame, geometry, aspect), inside) if box else 0.0
+                    for frame in frames]
         rows.append([*overlaps, *(overlap >= 0.5 for overlap in overlaps), 1])
     for i, frame in enumerate(frames):
         note = f" ({frame})" if i else ""
@@ -381,133 +445,130 @@ def measure(task, items, predictions, geometry, box_frame, aspect=1.0):
 
 
 def bootstrap(statistics, units, draws, seed):
-    """Sums of the statistics (n, k) in each of `draws` samples with replacement -> (draws, k). units (n): what is drawn together; a sample
-    has as many of them as there are. The same units and seed give the same samples."""
+    """Sums of the statistics (n, k) in samples with replacement -> (draws, k).
+
+    units (n): what is drawn together; a sample has as many of them as there are. The same units and
+    seed give the same samples.
+    """
     names, unit = np.unique(units, return_inverse=True)
     totals = np.zeros((len(names), statistics.shape[1]))
     np.add.at(totals, unit, statistics)
-    rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names)) @ totals for _ in range(draws)])
+    rng, n = np.random.default_rng(seed), len(names)
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ totals
+                     for _ in range(draws)])
 
 
 def interval(draws):
-    """The middle 95 % of the bootstrap's scores, as {low, high}; rounded, like the scores, since sums in another order differ."""
+    """The middle 95% of the bootstrap's scores; rounded, since sums in another order differ."""
     return dict(zip(("low", "high"), np.percentile(draws, (2.5, 97.5)).round(10).tolist()))
 
 
 def evaluate(path, items, args, device):
-    """One checkpoint -> (its eval.json, the lines of its predictions.jsonl, {KEY: scores of the draws}). The model is freed on return.
+    """One checkpoint -> (its eval.json, lines of predictions.jsonl, {KEY: scores of the draws}).
 
-    CIDEr's document frequencies are those of all records of a file, in every draw and in every kind.
+    CIDEr's document frequencies are those of all records of a file, in every draw and every kind.
     """
-    model, checkpoint = load_checkpoint(path, device, runtime.precision(device, args.dtype))
+    dtype = runtime.precision(device, args.dtype)
+    model, checkpoint = load_checkpoint(path, device, dtype)
     model.eval()
     predictions = predict(model, items, args.batch_size, args.max_new_tokens)
     groups, lines, scores, samples = {}, [None] * len(items), {}, {}
     for i, item in enumerate(items):
         groups.setdefault((item["file"], item["task"]), []).append(i)
     for (file, task), group in groups.items():
-        members = [items[i] for i in group]
-        statistics, metrics, parsed = measure(task, members, [predictions[i] for i in group], model.config["geometry"], args.box_frame,
-                                              model.aspect)
+        members, said = [items[i] for i in group], [predictions[i] for i in group]
+        statistics, metrics, parsed = measure(
+            task, members, said, model.config["geometry"], args.box_frame, model.aspect)
         for i, score, readable in zip(group, statistics[:, 0].tolist(), parsed):
-            lines[i] = {key: items[i][key] for key in ("id", "file", "task", "kind")} | {
-                "prediction": predictions[i], "answer": items[i]["answer"], "score": score, "parsed": readable}
+            lines[i] = {key: items[i][key] for key in ("id", "file", "task", "kind")} | dict(
+                prediction=predictions[i], answer=items[i]["answer"], score=score, parsed=readable)
         for kind in [None, *sorted({item["kind"] for item in members} - {None})]:
             rows = [n for n, item in enumerate(members) if kind in (None, item["kind"])]
-            sums = bootstrap(statistics[rows], [members[n]["unit"] for n in rows], args.bootstrap, args.seed)
+            units = [members[n]["unit"] for n in rows]
+            sums = bootstrap(statistics[rows], units, DRAWS, args.seed)
             for metric, score in metrics.items():
                 key = f"{file}/{metric}" + (f"/{kind}" if kind else "")
+                value = round(float(score(statistics[rows].sum(0))), 10)
                 samples[key] = score(sums)
-                scores[key] = {"value": round(float(score(statistics[rows].sum(0))), 10), **interval(samples[key]), "n": len(rows)}
+                scores[key] = {"value": value, **interval(samples[key]), "n": len(rows)}
     records = Counter(line["file"] for line in lines)
-    unparsed = {file: sum(not line["parsed"] for line in lines if line["file"] == file) for file in records}
-    result = {"checkpoint": str(path), "stage": checkpoint["stage"], "records": records, "unparsed": unparsed, "scores": scores}
+    unparsed = {file: sum(not line["parsed"] for line in lines if line["file"] == file)
+                for file in records}
+    result = dict(checkpoint=str(path), stage=checkpoint["stage"], records=records,
+                  unparsed=unparsed, scores=scores)
     return result, lines, samples
 
 
-# ------------------------------------------------------------------------------------------------------------------------- report and main
+# ---- report and main -----------------------------------------------------------------------------
+
+
+def versus(result, samples, first, first_samples):
+    """Paired differences of a checkpoint's scores from the first one's, on the same draws."""
+    found = {}
+    for key in result["scores"]:
+        if key in first_samples:
+            gain = result["scores"][key]["value"] - first["scores"][key]["value"]
+            found[key] = {"difference": round(gain, 10),
+                          **interval(samples[key] - first_samples[key])}
+    return {"checkpoint": first["checkpoint"], "scores": found}
 
 
 def report(names, results):
-    """Aligned table: a row per KEY, a column per checkpoint and, after the first, one of its differences from the first. Exact match has
-    rows where it differs from the accuracy."""
-    rows = [["score [95 %]", "n", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
+    """Aligned table: a row per score, a column per checkpoint and per difference from the first.
+
+    Exact match has rows where it differs from the accuracy.
+    """
+    header = [*names, *(f"{name} - {names[0]}" for name in names[1:])]
+    rows = [["score [95 %]", "n", *header]]
     for key in dict.fromkeys(key for result in results for key in result["scores"]):
         found = [result["scores"].get(key) for result in results]
-        if "/exact" in key and found == [result["scores"].get(key.replace("/exact", "/accuracy")) for result in results]:
+        accuracy = key.replace("/exact", "/accuracy")
+        if accuracy != key and found == [r["scores"].get(accuracy) for r in results]:
             continue
         differences = [result["versus"]["scores"].get(key) for result in results[1:]]
-        rows.append([key, next(score["n"] for score in found if score),
-                     *(score and f"{score['value']:.3f} [{score['low']:.2f}, {score['high']:.2f}]" for score in found),
-                     *(d and f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in differences)])
+        rows.append([
+            key, next(score["n"] for score in found if score),
+            *(s and f"{s['value']:.3f} [{s['low']:.2f}, {s['high']:.2f}]" for s in found),
+            *(d and f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+              for d in differences)])
     counts = [f"{sum(r['unparsed'].values())} of {sum(r['records'].values())}" for r in results]
     return runtime.table([*rows, ["unparsed", "", *counts, *[""] * (len(results) - 1)]])
 
 
-def outputs(checkpoints, out):
-    """Short distinct names of the checkpoints, and the (eval.json, predictions.jsonl) of each: no two different ones in one file."""
-    names = [Path(c).resolve().parent.name if Path(c).name == "ckpt.pt" else Path(c).stem for c in checkpoints]
-    if len(set(names)) < len(names):
-        names = [str(c).strip("./").replace("/", "-") for c in checkpoints]
-    folders = [Path(out or Path(c).parent) for c in checkpoints]
-    other = [not out and Path(c).name != "ckpt.pt" for c in checkpoints]                        # than the folder's usual one
-    endings = [f"-{n}" if folders.count(f) > 1 or o else "" for f, n, o in zip(folders, names, other)]
-    files = [(f / f"eval{e}.json", f / f"predictions{e}.jsonl") for f, e in zip(folders, endings)]
-    if len(set(files)) < len(files):
-        raise InputError(f"{' '.join(map(str, checkpoints))}: two of them would be written to one file; name each once")
-    return names, files
-
-
-def answerable(path, items, toy):
-    """The items that a checkpoint can answer: all, or captions alone if its prompt leaves questions out. toy: whether they are the toy
-    world's, of which it then gets the first file. InputError: other tasks in the user's own files."""
-    checkpoint = read_checkpoint(path)
-    stage, questions = checkpoint["stage"], [item for item in items if item["task"] != "caption"]
-    if checkpoint["config"]["prompt"] != "plain" or not questions:
-        return items
-    if not toy:
-        raise InputError(f"{path}: this is a checkpoint of stage {stage}, which only captions, but {questions[0]['where']} has task"
-                         f" {questions[0]['task']}; run torchrun sft.py {path} first or give --data with captions only")
-    runtime.log(f"{path}: a checkpoint of stage {stage} only captions, so {TOY[0]}.jsonl alone")
-    return [item for item in items if item["file"] == TOY[0]]
-
-
 def main(args):
-    """Evaluate the checkpoints one after another; write their numbers and predictions; compare them with the first."""
+    """Evaluate the checkpoints one after another; compare them with the first."""
     device = runtime.start(args.seed)
-    if args.limit < 0 or args.seed < 0 or args.batch_size < 1 or args.max_new_tokens < 1 or args.bootstrap < 1:
-        raise InputError("--limit and --seed must be 0 or more, --batch-size, --max-new-tokens and --bootstrap 1 or more")
+    runtime.check_lowest(args, limit=0, seed=0, batch_size=1, max_new_tokens=1)
     sources = args.data
     if not sources:
-        from toy import ensure
+        import toy
 
-        folder = ensure()
+        folder = toy.ensure()
         sources = [str(folder / f"{name}.jsonl") for name in TOY]
-    items = read_items(sources, args.image_dir or Path(sources[0]).parent / "images", args.limit)
+    image_dir = args.image_dir or Path(sources[0]).parent / "images"
+    items = read_items(sources, image_dir, args.limit)
     shares = [answerable(path, items, not args.data) for path in args.checkpoints]
 
-    names, files = outputs(args.checkpoints, args.out)
+    names, files = runtime.outputs(args.checkpoints, args.out, "eval.json", "predictions.jsonl")
     results, samples = [], []
     for path, share, (scores_file, predictions_file) in zip(args.checkpoints, shares, files):
         result, lines, drawn = evaluate(path, share, args, device)
-        samples.append(drawn)
         if results:
-            both = [key for key in result["scores"] if key in samples[0]]
-            gain = {key: round(result["scores"][key]["value"] - results[0]["scores"][key]["value"], 10) for key in both}
-            result["versus"] = {"checkpoint": results[0]["checkpoint"], "scores": {
-                key: {"difference": gain[key], **interval(drawn[key] - samples[0][key])} for key in both}}
+            result["versus"] = versus(result, drawn, results[0], samples[0])
         results.append(result)
+        samples.append(drawn)
         with runtime.atomic(predictions_file) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with runtime.atomic(scores_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     runtime.log(report(names, results))
-    tune = f"torchrun sft.py {args.checkpoints[0]}" + " --data ..." * bool(args.data)
-    following = tune if results[0]["stage"] == "pretrain" else f"python probe.py {args.checkpoints[0]}"
-    written = ", ".join(str(file) for pair in files for file in pair)
-    runtime.log(f"wrote {written}; next: {following if len(results) == 1 else f'look at {files[-1][1]}'}")
+    following = f"look at {files[-1][1]}"
+    if len(results) == 1:
+        first = args.checkpoints[0]
+        tune = f"torchrun sft.py {first}" + " --data ..." * bool(args.data)
+        following = tune if results[0]["stage"] == "pretrain" else f"python probe.py {first}"
+    runtime.finished([file for pair in files for file in pair], following)
 
 
 if __name__ == "__main__":
-    runtime.run(main, Args, __doc__, InputError)
+    runtime.run(main, Args, __doc__)

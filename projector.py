@@ -1,14 +1,16 @@
-"""The projectors: from the vision encoder's patch features to the language model's word-embedding space.
+"""The projectors: from the encoder's patch features to the language model's word-embedding space.
 
     Z (B, P_v, D_v)  ->  H (B, P, D)
 
-    linear         one linear map of each patch (LLaVA)                                                    P = P_v
-    mlp2x_gelu     two with a GELU between them (LLaVA-1.5)                                                P = P_v
-    pixel_shuffle  pool x pool neighbours side by side, then one linear map (Idefics3, nanoVLM)            P = P_v / pool^2
-    c_abstractor   convolutions, average pooling to a smaller grid, convolutions, MLP (Honeybee)           P = P_v / pool^2, rounded
+    linear         one linear map of each patch (LLaVA)                            P = P_v
+    mlp2x_gelu     two with a GELU between them (LLaVA-1.5)                        P = P_v
+    pixel_shuffle  pool x pool neighbours side by side, then one linear map        P = P_v / pool^2
+                   (Idefics3, nanoVLM)
+    c_abstractor   convolutions, average pooling to a smaller grid, convolutions,  P = P_v / pool^2,
+                   MLP (Honeybee)                                                      rounded
 
-Patches are in rows of the grid, from the top left. Patch labels follow the projector's grid, `output_grid`, by themselves. A new one
-needs its builder in PROJECTORS, and in POOLING if it pools.
+Patches are in rows of the grid, from the top left. Patch labels follow `output_grid` by themselves.
+A new projector needs its builder in PROJECTORS, and its name in POOLING if it pools.
 """
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ def linear(D_v: int, D: int, grid: tuple[int, int], pool: int) -> nn.Module:
 
 
 def mlp2x_gelu(D_v: int, D: int, grid: tuple[int, int], pool: int) -> nn.Module:
-    """Two linear maps with a GELU between them, as in LLaVA-1.5. grid and pool have no meaning here."""
+    """Two linear maps with a GELU between them, as in LLaVA-1.5. grid and pool have no meaning."""
     return nn.Sequential(
         nn.Linear(D_v, D),      # b p D_v -> b p D
         nn.GELU(),
@@ -29,11 +31,11 @@ def mlp2x_gelu(D_v: int, D: int, grid: tuple[int, int], pool: int) -> nn.Module:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- pixel shuffle
+# ---- pixel shuffle -------------------------------------------------------------------------------
 
 
 class PixelShuffle(nn.Module):
-    """Space to depth, then one linear map without bias (Laurençon et al., 2024: Idefics3; nanoVLM)."""
+    """Space to depth, then one linear map without bias (Laurençon et al., 2024: Idefics3)."""
 
     def __init__(self, D_v: int, D: int, grid: tuple[int, int], pool: int):
         super().__init__()
@@ -48,44 +50,54 @@ class PixelShuffle(nn.Module):
         return self.linear(x.flatten(1, 2))                     # b h w (r s d) -> b (h w) D
 
 
-# ----------------------------------------------------------------------------------------------------------------- C-Abstractor
+# ---- C-Abstractor --------------------------------------------------------------------------------
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (B, C, H, W)."""
+    """LayerNorm over the channels of a map (B, channels, rows, columns)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the same."""
+        """(B, channels, rows, columns) -> the same."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def convolution(inner: int, outer: int, size: int, groups: int = 1) -> nn.Sequential:
+    """A convolution without bias, and a norm."""
+    layer = nn.Conv2d(inner, outer, size, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(layer, ChannelNorm(outer))
+
+
 class Bottleneck(nn.Module):
-    """RegNet's Y block (Radosavovic et al., CVPR 2020) with a depthwise 3 x 3 convolution, squeeze and excitation, and LayerNorms."""
+    """RegNet's Y block (Radosavovic et al., CVPR 2020): 1 x 1, depthwise 3 x 3, squeeze and excite."""
 
     def __init__(self, inner: int, outer: int):
         super().__init__()
-        self.reduce = nn.Sequential(nn.Conv2d(inner, outer, 1, bias=False), ChannelNorm(outer), nn.SiLU())
-        self.spatial = nn.Sequential(nn.Conv2d(outer, outer, 3, padding=1, groups=outer, bias=False), ChannelNorm(outer), nn.SiLU())
+        self.reduce = convolution(inner, outer, 1).append(nn.SiLU())
+        self.spatial = convolution(outer, outer, 3, groups=outer).append(nn.SiLU())
         squeezed = max(1, inner // 4)
-        self.excite = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(outer, squeezed, 1), nn.SiLU(),
-                                    nn.Conv2d(squeezed, outer, 1), nn.Sigmoid())
-        self.expand = nn.Sequential(nn.Conv2d(outer, outer, 1, bias=False), ChannelNorm(outer))
-        self.shortcut = nn.Identity() if inner == outer else nn.Sequential(nn.Conv2d(inner, outer, 1, bias=False), ChannelNorm(outer))
+        self.excite = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(outer, squeezed, 1), nn.SiLU(),
+            nn.Conv2d(squeezed, outer, 1), nn.Sigmoid())
+        self.expand = convolution(outer, outer, 1)
+        self.shortcut = nn.Identity() if inner == outer else convolution(inner, outer, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, inner, H, W) -> (B, outer, H, W)."""
+        """(B, inner, rows, columns) -> (B, outer, rows, columns)."""
         y = self.spatial(self.reduce(x))
         return F.silu(self.expand(y * self.excite(y)) + self.shortcut(x))
 
 
 class CAbstractor(nn.Module):
-    """Honeybee's C-Abstractor (Cha et al., CVPR 2024): a learned position table, three blocks, adaptive average pooling, three blocks, an
-    MLP. Ours: its width is the encoder's."""
+    """Honeybee's C-Abstractor (Cha et al., CVPR 2024): three blocks, pooling, three blocks, an MLP.
+
+    A learned position table comes first. Ours: its width is the encoder's.
+    """
 
     def __init__(self, D_v: int, D: int, grid: tuple[int, int], pool: int):
         super().__init__()
         self.grid = grid
-        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, grid[0] * grid[1], D_v), std=0.02))
+        table = torch.zeros(1, grid[0] * grid[1], D_v)
+        self.positions = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         self.before = nn.Sequential(*(Bottleneck(D_v, D_v) for _ in range(3)))
         self.pool = nn.AdaptiveAvgPool2d(output_grid("c_abstractor", grid, pool))
         self.after = nn.Sequential(*(Bottleneck(D_v, D_v) for _ in range(3)))
@@ -93,22 +105,27 @@ class CAbstractor(nn.Module):
 
     def forward(self, Z: torch.Tensor) -> torch.Tensor:
         """(B, P_v, D_v) -> (B, P, D)."""
-        x = (Z + self.positions).transpose(1, 2).unflatten(2, self.grid)         # b (h w) d -> b d h w
-        x = self.after(self.pool(self.before(x)))                                # b d h w   -> b d h' w'
-        return self.readout(x.flatten(2).transpose(1, 2))                        # b d h' w' -> b (h' w') D
+        x = (Z + self.positions).transpose(1, 2)                # b (h w) d  -> b d (h w)
+        x = x.unflatten(2, self.grid)                           # b d (h w)  -> b d h w
+        x = self.after(self.pool(self.before(x)))               # b d h w    -> b d h' w'
+        return self.readout(x.flatten(2).transpose(1, 2))       # b d h' w'  -> b (h' w') D
 
 
-PROJECTORS = {"linear": linear, "mlp2x_gelu": mlp2x_gelu, "pixel_shuffle": PixelShuffle, "c_abstractor": CAbstractor}
+PROJECTORS = {"linear": linear, "mlp2x_gelu": mlp2x_gelu, "pixel_shuffle": PixelShuffle,
+              "c_abstractor": CAbstractor}
 POOLING = ("pixel_shuffle", "c_abstractor")
 
 
 def output_grid(kind: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
-    """The grid of patches, (rows, columns), after projector `kind`, from the encoder's grid: each side divided by `pool` where the
-    projector pools. ValueError: `pixel_shuffle` cannot divide it."""
+    """The grid (rows, columns) of patches after projector `kind`, from the encoder's grid.
+
+    A pooling projector divides each side by `pool`. ValueError: `pixel_shuffle` cannot.
+    """
     if kind not in POOLING:
         return grid
     rows, columns = grid
     if kind == "pixel_shuffle" and (rows % pool or columns % pool):
-        raise ValueError(f"pool {pool}: the encoder's grid of {rows} x {columns} patches is not a multiple of it; choose another or "
-                         "--projector c_abstractor, which takes any")
+        raise ValueError(f"pool {pool}: the encoder's grid of {rows} x {columns} patches is not a"
+                         " multiple of it; choose another or --projector c_abstractor, which takes"
+                         " any")
     return max(1, round(rows / pool)), max(1, round(columns / pool))
