@@ -1,0 +1,58 @@
+"""GLaMM's GranD-f, in its three published forms. Token positions are characters of the caption.
+
+    {file_name, caption, groundings: {phrase: {rle_masks}}}            OpenPSG, human annotations
+    {id: {img_file_name, caption, refs: [{sentence, segmentation}]}}   RefCOCOg
+    COCO's, a caption in each image, {tokens_positive, sam_mask} in each annotation        Flickr30k
+"""
+from annotations import Source, each, grouped, image_size, listed, records_of, same_size
+from annotations.coco import shape_of
+from data import image_path, read_json
+from runtime import InputError
+
+
+def read(args) -> Source:
+    """The images of the file."""
+    value, masks, problems = read_json(args.data), {}, []
+    coco = isinstance(value, dict)
+    if coco:
+        for name in ("images", "annotations"):
+            if not isinstance(value.get(name), list):
+                raise InputError(f"{args.data}: has no list {name!r}; is this a file of GranD-f?")
+        masks = grouped(args.data, "annotations", value["annotations"], "image_id", problems)
+        images = grouped(args.data, "images", value["images"], "id", problems)
+        entries = [(key, own[0]) for key, own in images.items()]
+    else:
+        entries = [(str(i), item) for i, item in enumerate(value if isinstance(value, list) else [])]
+
+    def one(number: int, problems: list[str]) -> list[dict]:
+        key, item = entries[number]
+        name = key
+        if isinstance(item, dict) and len(item) == 1:
+            (name, item), = item.items()            # RefCOCOg: its id is the key
+        if not isinstance(item, dict) or not isinstance(item.get("caption"), str):
+            raise InputError(f'{args.data}: entry {key} has no "caption"')
+        image = item.get("file_name") or item.get("img_file_name")
+        where = f"{args.data}: entry {key} ({image})"
+        size = image_size(image_path({"image": image}, args.image_dir, where), where)
+        if coco:
+            same_size(item, size, where)
+        caption, shapes = item["caption"].strip('"').strip(), []
+        for phrase, grounding in (item.get("groundings") or {}).items():
+            with listed(problems, f"{where}: {phrase!r}"):
+                shapes += [(phrase, {"segmentation": rle}) for rle in grounding["rle_masks"]]
+        for i, ref in enumerate(item.get("refs") or []):
+            with listed(problems, f"{where}: refs[{i}]"):
+                shapes.append((ref["sentence"], ref))
+        for a in masks.get(key, []):
+            with listed(problems, f"{where}: annotation {a.get('id')}"):
+                first, last = a["tokens_positive"][0]
+                shapes.append((item["caption"][first:last], {"segmentation": a["sam_mask"]}))
+        regions = []
+        for phrase, shape in shapes:
+            spot = f"{where}: {phrase!r}"
+            with listed(problems, spot):
+                regions.append({"phrase": phrase, **shape_of(shape, size, spot)})
+        known = str(item.get("image_id", item.get("id", name)))
+        return records_of(known, image, [caption], regions, 1, problems)
+
+    return Source(len(entries), each(one), problems)

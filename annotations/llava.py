@@ -1,0 +1,41 @@
+"""LLaVA records as they are, less what does not fit their images."""
+from annotations import Source, checked, each, image_size, listed
+from data import check_turns, image_path, read_records
+from labels import region_phrase
+from runtime import InputError
+
+
+def answer_of(record: dict, where: str) -> str:
+    """What the assistant first says. InputError: not a conversation that training takes."""
+    turns = check_turns(record.get("conversations"), record.get("image") is not None, where)
+    return turns[1][1]
+
+
+def cleaned(record: dict, image_dir: str, where: str, problems: list[str]) -> dict:
+    """The record without the regions that do not fit its image.
+
+    InputError: its image is broken, or it is no conversation.
+    """
+    answer_of(record, where)
+    if record.get("image") is None:
+        if record.get("regions"):
+            raise InputError(f'{where}: "image" is missing, which its regions are about')
+        return record
+    size, regions = image_size(image_path(record, image_dir, where), where), []
+    for i, region in enumerate(record.get("regions") or []):
+        spot = f"{where}: regions[{i}]"
+        with listed(problems, spot):
+            region_phrase(region, spot)
+            regions.append(checked(region, size, spot))
+    return record | {"regions": regions} if "regions" in record else record
+
+
+def read(args) -> Source:
+    """The records of the file."""
+    records = read_records(args.data)
+
+    def one(number: int, problems: list[str]) -> list[dict]:
+        where = f"{args.data}: record {records[number].get('id', number)}"
+        return [cleaned(records[number], args.image_dir, where, problems)]
+
+    return Source(len(records), each(one))
