@@ -1,30 +1,33 @@
-"""The paper's comparison by one command: does patch-aligned pretraining help under the same fine-tuning?
+"""The paper's comparison by one command: does patch-aligned pretraining help the same fine-tuning?
 
-    python reproduce.py                                     # the toy world, five seeds, CPU or GPU
-    python reproduce.py --quick                             # one seed and few steps: minutes; all of it in runs/quick
-    python reproduce.py --ablations --budget 540            # stops in time; the same command again goes on
-    python reproduce.py --report                            # only the report, from what is there
+    python reproduce.py                                 # the toy world, five seeds, CPU or GPU
+    python reproduce.py --quick                         # one seed, few steps: minutes; runs/quick
+    python reproduce.py --ablations --budget 540        # stops in time; the same command goes on
+    python reproduce.py --report                        # only the report, from what is there
     python reproduce.py --out runs/own --seeds 3 \\
-        --pretrain-flags "--vision facebook/dinov2-small --llm HuggingFaceTB/SmolLM2-135M --data train.jsonl" \\
-        --probe-flags "--data test.jsonl" --caption-eval-flags "--data captions.jsonl" \\
-        --sft-flags "--data talk.jsonl" --eval-flags "--data refer.jsonl vqa.jsonl"               # your own models and data: all five
+           --pretrain-flags "--vision facebook/dinov2-small --llm HuggingFaceTB/SmolLM2-135M \\
+                             --data train.jsonl" \\
+           --probe-flags "--data test.jsonl" --caption-eval-flags "--data captions.jsonl" \\
+           --sft-flags "--data talk.jsonl" --eval-flags "--data refer.jsonl vqa.jsonl"
 
-A cell is one variant (caption-only, patch-aligned, patch-aligned-cosine) with one seed, or one ablation with seed 0. Each goes through
+A cell is one variant (caption-only, patch-aligned, patch-aligned-cosine) with one seed, or one
+ablation with seed 0. Each goes through
 
-    pretrain.py, probe.py, eval.py (captions), sft.py, probe.py, eval.py, and eval.py on checkpoints kept along the fine-tuning
+    pretrain.py, probe.py, eval.py (captions), sft.py, probe.py, eval.py, and eval.py on checkpoints
+    kept along the fine-tuning
 
-by the command lines that a user types. A stage whose output is there is not run again; to have it run again, delete the cell's folder.
+by the command lines that a user types. A stage whose output is there is not run again; to have it
+run again, delete the cell's folder.
 
 reads:  what the stages read
-writes: OUT/CELL/pretrain and OUT/CELL/sft, as the stages write them (resume.pt goes once it is of no more use), OUT/CELL/STAGE.log (what
-        the stage printed), OUT/CELL/STAGE.command.json (its command, where and how long it ran); RESULTS and PICTURE
+writes: OUT/CELL/pretrain and OUT/CELL/sft, as the stages write them; OUT/CELL/STAGE.log (what it
+        printed) and STAGE.command.json (its command, where and how long it ran); OUT/results.json
+        and OUT/results.md, the report
 """
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import statistics
@@ -32,126 +35,104 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-import results
 import runtime
-from data import InputError
-from results import ALIGNED, BASE, COSINE, CURVE_LIMIT, LINEAR, PRETRAINING, TUNING, VARIANTS
+from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent                          # where the stages' scripts are
+BASE, ALIGNED, COSINE = VARIANTS = ("caption-only", "patch-aligned", "patch-aligned-cosine")
+LINEAR = "linear-caption-only"                                  # the linear projector's own baseline
+ABLATIONS = {                                                   # flags of pretrain.py
+    "tau-0.03": "--tau 0.03", "tau-0.2": "--tau 0.2",
+    **{f"weight-{w}": f"--patch-weight {w}" for w in ("0.03", "0.1", "0.3", "3")},
+    "decay": "--patch-schedule decay", "coverage-0.1": "--coverage 0.1",
+    "coverage-0.5": "--coverage 0.5", LINEAR: "--projector linear --patch-weight 0",
+    "linear": "--projector linear", "centre-words": "--centre-words"}
+CELLS = {BASE: "--patch-weight 0", ALIGNED: "", COSINE: "--patch-loss cosine"} | ABLATIONS
+CURVE_LIMIT = 300               # records of each file at a point of the curve
 
-# ------------------------------------------------------------------------------------------------------------------------- Args
+# ---- Args ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
-    """Flags of reproduce.py. The flags of a stage are one text; a single flag needs an equals sign: --sft-flags=--checkpointing."""
+    """Flags. A stage's flags are one text; a single one needs an equals sign: --sft-flags=--shard."""
 
     out: str = "runs/reproduce"
     """folder of all cells"""
-    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
-    """what is compared: caption-only, patch-aligned (softmax), patch-aligned-cosine"""
     seeds: int = 0
-    """cells of each variant, with seeds from 0; 0: five, with --quick one"""
-    patch_weight: float = 0
-    """weight of the softmax patch loss; 0: pretrain.py's default"""
-    cosine_weight: float = 0
-    """weight of the cosine patch loss; 0: pretrain.py's default"""
+    """cells of each variant, from 0 on; 0: five, with --quick one"""
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    """what is compared"""
     ablations: bool = False
-    """also patch-aligned cells with another tau, weight, schedule, coverage, projector, or centred words; one seed"""
+    """also other tau, weight, schedule, coverage, projector; seed 0"""
     quick: bool = False
     """one seed, few steps and records, in runs/quick"""
-    keep_every: int = -1
-    """fine-tuning steps between points of the curve; 0: no curve, -1: none with data of your own, 100 on the toy world"""
-    pretrain_flags: str = ""
-    """more flags of pretrain.py"""
-    probe_flags: str = ""
-    """more flags of probe.py"""
-    caption_eval_flags: str = ""
-    """more flags of eval.py after pretraining"""
-    sft_flags: str = ""
-    """more flags of sft.py"""
-    eval_flags: str = ""
-    """more flags of eval.py after the fine-tuning and along it"""
     jobs: int = 0
-    """cells at a time, which share the CPU's cores; 0: 1 on a GPU, which often has room for more, else one for each core"""
+    """cells at a time; 0: 1 on a GPU, else one for each core"""
     budget: float = 0
-    """seconds that this call may take, and more than probe.py or eval.py, which do not resume; 0: no limit"""
+    """seconds that this call may take; 0: no limit"""
     report: bool = False
     """run nothing, report what is there"""
-    results: str = ""
-    """the report; none: RESULTS.md, of another comparison than the default one OUT/RESULTS.md"""
-    picture: str = ""
-    """the picture; none: docs/results.png, of another comparison than the default one OUT/results.png"""
+    # --- flags of the stages
+    pretrain_flags: str = ""
+    """of pretrain.py"""
+    probe_flags: str = ""
+    """of probe.py"""
+    caption_eval_flags: str = ""
+    """of eval.py after pretraining"""
+    sft_flags: str = ""
+    """of sft.py"""
+    eval_flags: str = ""
+    """of eval.py after the fine-tuning and along it"""
+    keep_every: int = -1
+    """steps between points of the curve; 0: no curve; -1: 100 (own data: 0)"""
 
 
-FLAGS = {"pretrain": "--steps 100", "probe": "--images 60", "caption_eval": "--limit 60", "sft": "--steps 100", "eval": "--limit 60"}
-OWN = {"--out", "--seed", "--resume", "--keep-every", "--patch-loss", "--patch-weight"}        # these are set here, not by a user
-BASELINE_COVERAGE = 0.25                                        # of labels by which all cells are scored, pretrain.py's default
-TOY_KEEP_EVERY = 100                                            # fine-tuning steps between points of the curve
+QUICK = {"pretrain": "--steps 100", "probe": "--images 60", "caption_eval": "--limit 60",
+         "sft": "--steps 100", "eval": "--limit 60"}
+OWN = {"--out", "--seed", "--resume", "--keep-every", "--patch-loss", "--patch-weight"}    # set here
 
 
 def flags(args: Args, stage: str) -> list[str]:
     """A stage's flags: those of --quick, then the user's."""
+    given = getattr(args, f"{stage}_flags")
     try:
-        return shlex.split(FLAGS[stage]) * args.quick + shlex.split(getattr(args, f"{stage}_flags"))
+        return shlex.split(QUICK[stage]) * args.quick + shlex.split(given)
     except ValueError as error:
-        raise InputError(f"--{stage.replace('_', '-')}-flags {getattr(args, f'{stage}_flags')}: {str(error).lower()}") from None
+        name = f"--{stage.replace('_', '-')}-flags"
+        raise InputError(f"{name} {given}: {str(error).lower()}") from None
 
 
 def check(args: Args) -> Args:
     """Fill in what depends on other flags; refuse what makes no sense."""
-    if args.quick and args.out == Args().out:
-        args = dataclasses.replace(args, out="runs/quick")
     if unknown := set(args.variants) - set(VARIANTS):
         raise InputError(f"--variants {' '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
-    for name, low in (("seeds", 0), ("patch_weight", 0), ("cosine_weight", 0), ("keep_every", -1), ("jobs", 0), ("budget", 0)):
-        if getattr(args, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is less than {low}")
-    given = {f"--{stage.replace('_', '-')}-flags": {flag.split("=")[0] for flag in flags(args, stage)} for stage in FLAGS}
+    runtime.check_lowest(args, seeds=0, keep_every=-1, jobs=0, budget=0)
+    given = {f"--{stage.replace('_', '-')}-flags": {f.split("=")[0] for f in flags(args, stage)}
+             for stage in QUICK}
     for name, names in given.items():
         if names & OWN:
-            raise InputError(f"{name}: {', '.join(sorted(names & OWN))} cannot be given there; reproduce.py sets it")
+            raise InputError(f"{name}: {', '.join(sorted(names & OWN))} cannot be given there;"
+                             " reproduce.py sets it")
     lacking = [name for name, names in given.items() if "--data" not in names]
     if 0 < len(lacking) < len(given):
-        raise InputError(f"{', '.join(lacking)}: no --data, which the other stages' flags have; without it a stage takes the toy world's")
-    keep_every = args.keep_every if args.keep_every >= 0 else TOY_KEEP_EVERY * bool(lacking)
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    variants, seeds = [v for v in VARIANTS if v in args.variants], args.seeds or (1 if args.quick else 5)
-    ours = not args.quick and seeds >= 5 and len(variants) == len(VARIANTS) and not any(getattr(args, f"{stage}_flags") for stage in FLAGS)
-    places = ("RESULTS.md", "docs/results.png") if ours else (f"{args.out}/RESULTS.md", f"{args.out}/results.png")
-    return dataclasses.replace(args, out=str(Path(args.out)), variants=variants, keep_every=keep_every, jobs=jobs, seeds=seeds,
-                               results=args.results or places[0], picture=args.picture or places[1])
+        raise InputError(f"{', '.join(lacking)}: no --data, which the other stages' flags have;"
+                         " without it a stage takes the toy world's")
+    out = "runs/quick" if args.quick and args.out == Args().out else args.out
+    return dataclasses.replace(
+        args, out=str(Path(out)), variants=[v for v in VARIANTS if v in args.variants],
+        seeds=args.seeds or (1 if args.quick else 5),
+        keep_every=args.keep_every if args.keep_every >= 0 else 100 * bool(lacking),
+        jobs=args.jobs or (1 if torch.cuda.is_available() else os.cpu_count()))
 
 
-# -------------------------------------------------------------------------------------------------------------- cells and stages
-
-ABLATIONS = {
-    "tau-0.03": {"--tau": "0.03"}, "tau-0.2": {"--tau": "0.2"},
-    **{f"weight-{w}": {"--patch-weight": w} for w in ("0.03", "0.1", "0.3", "3")},
-    "decay": {"--patch-schedule": "decay"},
-    "coverage-0.1": {"--coverage": "0.1"}, "coverage-0.5": {"--coverage": "0.5"},
-    LINEAR: {"--projector": "linear", "--patch-weight": "0"}, "linear": {"--projector": "linear"},
-    "centre-words": {"--centre-words": ""},
-}                                                               # name: flags of pretrain.py beside those of the patch-aligned variant
-
-
-class Cell(NamedTuple):
-    """One variant or ablation with one seed; flags: of pretrain.py."""
-    name: str
-    seed: int
-    flags: dict[str, str]
-
-    @property
-    def label(self) -> str:
-        """Name of its folder."""
-        return f"{self.name}-{self.seed}"
+# ---- cells and stages ----------------------------------------------------------------------------
 
 
 class Stage(NamedTuple):
@@ -163,54 +144,60 @@ class Stage(NamedTuple):
     spent: Path | None
 
 
-def cells(args: Args) -> list[Cell]:
-    """All cells: the variants seed by seed, then the ablations."""
-    weight, cosine = ({"--patch-weight": f"{w:g}"} if w else {} for w in (args.patch_weight, args.cosine_weight))
-    variants = {BASE: {"--patch-weight": "0"}, ALIGNED: weight, COSINE: {"--patch-loss": "cosine"} | cosine}
-    compared = [Cell(name, seed, variants[name]) for seed in range(args.seeds) for name in args.variants]
-    return compared + [Cell(name, 0, weight | changed) for name, changed in ABLATIONS.items()] * args.ablations
+def cells(args: Args) -> list[tuple[str, int]]:
+    """(name, seed) of all cells: the variants seed by seed, then the ablations."""
+    compared = [(name, seed) for seed in range(args.seeds) for name in args.variants]
+    return compared + [(name, 0) for name in ABLATIONS] * args.ablations
 
 
-def stages(cell: Cell, args: Args) -> list[Stage]:
+def last_step(tuned: Path) -> int:
+    """The number of fine-tuning steps that a cell has behind it."""
+    return json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def stages(name: str, seed: int, args: Args) -> list[Stage]:
     """A cell's stages in order, those for the curve as far as sft.py has left checkpoints."""
-    folder = Path(args.out) / cell.label
-    first, tuned = folder / "pretrain", folder / "sft"
+    folder = Path(args.out) / f"{name}-{seed}"
+    first, tuned, own = folder / "pretrain", folder / "sft", shlex.split(CELLS[name])
 
-    def stage(name, output, script, *arguments, spent=None):
-        return Stage(name, folder, [script, *map(str, arguments)], output, spent)
+    def stage(name, output, *command, spent=None):
+        return Stage(name, folder, list(map(str, command)), output, spent)
 
-    scored = ["--coverage", BASELINE_COVERAGE] if "--coverage" in cell.flags else []            # one set of labels for all cells
-    changed, keep = [text for pair in cell.flags.items() for text in pair if text], args.keep_every * (cell.name in VARIANTS)
+    def point(step, checkpoint, spent=None):
+        out = tuned / f"step-{step}"
+        return stage(f"step-{step}", out / "eval.json", "eval.py", checkpoint, "--limit", CURVE_LIMIT,
+                     *flags(args, "eval"), "--out", out, spent=spent)
+
+    probe = [*flags(args, "probe"), *["--coverage", "0.25"] * ("--coverage" in own)]   # one for all
+    keep = args.keep_every * (name in VARIANTS)
+    kept = ["--keep-every", keep] if keep else []
+    chain = [
+        stage("pretrain", first / "ckpt.pt", "pretrain.py", *flags(args, "pretrain"), *own,
+              "--seed", seed, "--out", first, spent=first / "resume.pt"),
+        stage("probe", first / "probe.json", "probe.py", first / "ckpt.pt", *probe),
+        stage("captions", first / "eval.json", "eval.py", first / "ckpt.pt",
+              *flags(args, "caption_eval")),
+        stage("sft", tuned / "ckpt.pt", "sft.py", first / "ckpt.pt", *flags(args, "sft"), *kept,
+              "--seed", seed, "--out", tuned, spent=tuned / "resume.pt"),
+        stage("sft-probe", tuned / "probe.json", "probe.py", tuned / "ckpt.pt", *probe),
+        stage("eval", tuned / "eval.json", "eval.py", tuned / "ckpt.pt", *flags(args, "eval"))]
+    last = last_step(tuned) if keep and (tuned / "ckpt.pt").exists() else 0
     steps = {int(path.stem[5:]) for path in [*tuned.glob("ckpt-*.pt"), *tuned.glob("step-*")]}
-    last = results.last_step(tuned) if keep and (tuned / "ckpt.pt").exists() else 0             # the curve's last point: the same records
-    return [
-        stage("pretrain", first / "ckpt.pt", "pretrain.py", *flags(args, "pretrain"), *changed, "--seed", cell.seed, "--out", first,
-              spent=first / "resume.pt"),
-        stage("probe", first / "probe.json", "probe.py", first / "ckpt.pt", *flags(args, "probe"), *scored),
-        stage("captions", first / "eval.json", "eval.py", first / "ckpt.pt", *flags(args, "caption_eval")),
-        stage("sft", tuned / "ckpt.pt", "sft.py", first / "ckpt.pt", *flags(args, "sft"), *["--keep-every", keep][:2 * bool(keep)],
-              "--seed", cell.seed, "--out", tuned, spent=tuned / "resume.pt"),
-        stage("sft-probe", tuned / "probe.json", "probe.py", tuned / "ckpt.pt", *flags(args, "probe"), *scored),
-        stage("eval", tuned / "eval.json", "eval.py", tuned / "ckpt.pt", *flags(args, "eval")),
-        *(stage(f"step-{n}", tuned / f"step-{n}" / "eval.json", "eval.py", tuned / f"ckpt-{n}.pt", "--limit", CURVE_LIMIT,
-                *flags(args, "eval"), "--out", tuned / f"step-{n}", spent=tuned / f"ckpt-{n}.pt") for n in sorted(steps - {last})),
-        *[stage(f"step-{last}", tuned / f"step-{last}" / "eval.json", "eval.py", tuned / "ckpt.pt", "--limit", CURVE_LIMIT,
-                *flags(args, "eval"), "--out", tuned / f"step-{last}")] * (last > 0)]
-
-
-def command_line(stage: Stage) -> str:
-    """A stage's command, as a user types it."""
-    return shlex.join(["python", *stage.command])
+    for step in sorted(steps - {last}):
+        checkpoint = tuned / f"ckpt-{step}.pt"
+        chain.append(point(step, checkpoint, checkpoint))
+    return chain + [point(last, tuned / "ckpt.pt")] * (last > 0)
 
 
 def made_by(stage: Stage, args: Args) -> str:
     """The command as it is recorded: with OUT for the folder, which may be moved."""
-    moved = [f"OUT/{text.removeprefix(f'{args.out}/')}" if text.startswith(f"{args.out}/") else text for text in stage.command]
-    return shlex.join(["python", *moved])
+    return shlex.join(["python", *(text.replace(f"{args.out}/", "OUT/", 1)
+                                   if text.startswith(f"{args.out}/") else text
+                                   for text in stage.command)])
 
 
 def record(stage: Stage, **values) -> dict:
-    """How the stage was run: {command, hardware, python, torch, transformers, commit, date, seconds}, after these values are written."""
+    """How the stage was run, {command, seconds, hardware, ...}, after these values are written."""
     file = stage.folder / f"{stage.name}.command.json"
     row = (json.loads(file.read_text()) if file.exists() else {}) | values
     if values:
@@ -221,145 +208,313 @@ def record(stage: Stage, **values) -> dict:
 
 def check_made_by(stage: Stage, args: Args) -> None:
     """InputError: what is there comes from another command."""
-    made = record(stage).get("command")
-    if made != made_by(stage, args) and (made or stage.output.exists()):
-        raise InputError(f"{stage.folder} is from `{made or 'another program'}`, where it would now be `{made_by(stage, args)}`: name "
-                         "another --out, or delete that folder")
+    made, now = record(stage).get("command"), made_by(stage, args)
+    if made != now and (made or stage.output.exists()):
+        raise InputError(f"{stage.folder} is from `{made or 'another program'}`, where it would now be"
+                         f" `{now}`: name another --out, or delete that folder")
 
 
-# ----------------------------------------------------------------------------------------------------------------------- running
-
-
-def machine(threads: int) -> dict:
-    """What the stages run on, and with what."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.machine())
-    described = ""
-    with contextlib.suppress(OSError):                          # no git here
-        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return dict(hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, threads per stage: {threads}",
-                python=platform.python_version(), torch=torch.__version__, transformers=metadata.version("transformers"),
-                commit=described or "unknown", date=time.strftime("%Y-%m-%d"))
+# ---- running -------------------------------------------------------------------------------------
 
 
 def start(stage: Stage, args: Args, here: dict, threads: int) -> subprocess.Popen:
     """Begin a stage, or go on with it where it left a resume.pt."""
-    before = record(stage)                                       # of a stage that goes on, all machines and commits, each once
-    both = {name: "; ".join(dict.fromkeys([*filter(None, before.get(name, "").split("; ")), value])) for name, value in here.items()}
+    before = record(stage)                  # of one that goes on, all machines and commits, each once
+    both = {key: "; ".join(dict.fromkeys([*filter(None, before.get(key, "").split("; ")), value]))
+            for key, value in here.items()}
     record(stage, command=made_by(stage, args), **both)
-    goes_on = ["--resume"] if stage.spent and stage.spent.name == "resume.pt" and stage.spent.exists() else []
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}       # the log's last line is the last said
+    goes_on = stage.spent and stage.spent.name == "resume.pt" and stage.spent.exists()
+    command = [*stage.command, *["--resume"] * bool(goes_on)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with (stage.folder / f"{stage.name}.log").open("a") as log:
-        print("$", command_line(stage), *goes_on, file=log, flush=True)
-        command = [sys.executable, str(ROOT / stage.command[0]), *stage.command[1:], *goes_on]
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        print("$", shlex.join(["python", *command]), file=log, flush=True)
+        return subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], env=environment,
+                                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(stage: Stage, code: int) -> None:
     """After a stage's end: delete what is of no more use. InputError: the stage failed."""
     if code or not stage.output.exists():
         log = stage.folder / f"{stage.name}.log"
-        said = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]      # no bars
-        reason = said[-1].strip().removeprefix("error: ") if code > 0 else f"ended by signal {-code}" if code else f"no {stage.output}"
-        raise InputError(f"{command_line(stage)} failed ({log}): {reason}")
+        lines = log.read_text().replace("\r", "\n").splitlines()
+        said = [line for line in lines if line.strip() and "%|" not in line]    # no progress bars
+        reason = said[-1].strip().removeprefix("error: ") if code > 0 else f"no {stage.output}"
+        reason = f"ended by signal {-code}" if code < 0 else reason
+        raise InputError(f"{shlex.join(['python', *stage.command])} failed ({log}): {reason}")
     if stage.spent:
         stage.spent.unlink(missing_ok=True)
 
 
-def run_all(plan: list[Cell], args: Args, until: float) -> bool:
-    """Run what has not run, each cell's stages in order, `args.jobs` cells at a time -> whether all has run by `until`. InputError: a
-    stage failed. However it ends, no stage is left running."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, os.cpu_count() // args.jobs))
-    here, running, bar = machine(threads), {}, tqdm(desc="stages", smoothing=0)         # running: {label: (stage, process, its start)}
+def run_all(plan: list[tuple[str, int]], args: Args, until: float) -> bool:
+    """Run what has not run, each cell's stages in order -> whether all has run by `until`.
 
-    def ended(label):
-        stage, process, began = running.pop(label)
+    `args.jobs` cells at a time. InputError: a stage failed. However it ends, no stage is left running.
+    """
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, os.cpu_count() // args.jobs))
+    here, running, bar = runtime.machine(), {}, tqdm(desc="stages", smoothing=0)
+
+    def ended(cell):                                            # running: {cell: (stage, process, when)}
+        stage, process, began = running.pop(cell)
         code = process.wait()
-        record(stage, seconds=round(record(stage).get("seconds", 0) + time.time() - began, 1))
+        seconds = record(stage).get("seconds", 0) + time.time() - began
+        record(stage, seconds=round(seconds, 1))
         return stage, code
 
     try:
         while True:
-            chains = {cell.label: stages(cell, args) for cell in plan}
-            todo = {label: [stage for stage in chain if not stage.output.exists()] for label, chain in chains.items()}
-            for label, waiting in todo.items():
-                if waiting and label not in running and len(running) < args.jobs:
-                    running[label] = waiting[0], start(waiting[0], args, here, threads), time.time()
+            chains = {cell: stages(*cell, args) for cell in plan}
+            todo = {cell: [s for s in chain if not s.output.exists()] for cell, chain in chains.items()}
+            for cell, waiting in todo.items():
+                if waiting and cell not in running and len(running) < args.jobs:
+                    process = start(waiting[0], args, here, threads)
+                    running[cell] = waiting[0], process, time.time()
             bar.total = sum(map(len, chains.values()))
             bar.n = bar.total - sum(map(len, todo.values()))
-            bar.set_postfix_str(", ".join(f"{label} {stage.name}" for label, (stage, *_) in running.items()))
+            names = (f"{name}-{seed} {stage.name}" for (name, seed), (stage, *_) in running.items())
+            bar.set_postfix_str(", ".join(names))
             if not running:
                 return True
-            while not (over := [label for label, (_, process, _) in running.items() if process.poll() is not None]):
+            while not (over := [c for c, (_, p, _) in running.items() if p.poll() is not None]):
                 if time.monotonic() > until:
                     return False
                 time.sleep(0.1)
-            for label in over:
-                finish(*ended(label))
+            for cell in over:
+                finish(*ended(cell))
     finally:
         for _, process, _ in running.values():
             process.terminate()
-        for label in list(running):
-            ended(label)
+        for cell in list(running):
+            ended(cell)
         bar.close()
 
 
-# ------------------------------------------------------------------------------------------------------------------------ report
+# ---- statistics ----------------------------------------------------------------------------------
+
+T = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788,
+     2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930]    # Student's t, 95%, two-sided, 1 to 19
 
 
-def asked(args: Args) -> str:
-    """The command of this report, from the flags as given."""
-    given = []
-    for f in dataclasses.fields(Args):
-        value, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
-        if f.name not in ("jobs", "budget", "report") and value != getattr(Args(), f.name):
-            given += [name] if value is True else [name, *value] if isinstance(value, list) else [f"{name}={value}"]
-    return shlex.join(["python", "reproduce.py", *given])
+def mean_interval(values: list[float]) -> dict:
+    """{mean, half}: half the width of the 95% t-interval, None for a single value."""
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if not freedom:
+        return dict(mean=mean, half=None)
+    t = T[freedom - 1] if freedom <= len(T) else 1.96
+    return dict(mean=mean, half=t * statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def report(args: Args, plan: list[Cell], table: results.Table, command: str) -> str:
-    """RESULTS.md; command: what `asked` says."""
-    every = [stage for cell in plan for stage in stages(cell, args)]
+def change(base: dict[int, float], other: dict[int, float]) -> dict | None:
+    """The paired difference of {seed: score} from the baseline: {difference, half, percent}.
+
+    percent: of the baseline's mean, None where that is 0 to three decimals; None: no seed of both.
+    """
+    seeds = sorted(base.keys() & other.keys())
+    if not seeds:
+        return None
+    found = mean_interval([other[s] - base[s] for s in seeds])
+    level = abs(statistics.fmean(base[s] for s in seeds))
+    percent = 100 * found["mean"] / level if level >= 0.0005 else None
+    return dict(difference=found["mean"], half=found["half"], percent=percent)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+BEFORE, AFTER, ALONG = "after pretraining", "after the same fine-tuning", "along the fine-tuning"
+LOSSES = {"val_caption_loss": "caption loss, validation, nats per token",
+          "val_loss": "loss, validation, nats per token"}
+PROBED = {
+    "align": "alignment", "chance": "alignment, chance", "recall/5": "recall@5",
+    "recall_chance/5": "recall@5, chance", "pursuit/recall/0": "words among 1 atom",
+    **{f"pursuit/recall/{k - 1}": f"words among {k} atoms" for k in (2, 4, 8)},
+    "pursuit/control_recall/7": "words among 8 atoms, rotated",
+    **{f"entropy/{key}{where}": f"entropy of {symbol}{text}"
+       for where, text in (("", " per image, nats"), ("_pooled", ", pooled"),
+                           ("_centred", ", pooled, centred"))
+       for key, symbol in (("encoder", "Z"), ("projected", "H"))}}
+METRICS = {"Acc@0.5": "grounding, Acc@0.5", "mIoU": "grounding, mean IoU",
+           "accuracy": "question answering", "exact": "instruction following",
+           "choice": "multiple choice", "CIDEr": "captions, CIDEr", "BLEU-4": "captions, BLEU-4",
+           "ROUGE-L": "captions, ROUGE-L"}
+PAPER = {"Acc@0.5": 16, "accuracy": 4, "exact": 3}      # its gains, %; of the first file so scored
+
+
+class Row(NamedTuple):
+    """What a score is of. key: of metrics.jsonl, probe.json or eval.json; step: on the curve."""
+    part: str
+    label: str
+    key: str
+    metric: str = ""
+    kind: str = ""
+    step: int = 0
+
+
+def evaluated(file: Path, part: str, step: int = 0) -> dict[Row, float]:
+    """The scores of an eval.json that METRICS names, in its order.
+
+    Exact match counts for instructions, the VQA accuracy for other questions.
+    """
+    found, every = {}, json.loads(file.read_text())["scores"] if file.exists() else {}
+    for key, score in every.items():
+        stem, metric, *kind = key.split("/", 2)
+        if kind and score["n"] == every[f"{stem}/{metric}"]["n"]:       # the only kind: nothing new
+            continue
+        name, _, frame = metric.partition(" (")
+        if name in METRICS and name != ("accuracy" if stem.endswith("instruct") else "exact"):
+            label = ", ".join([METRICS[name] + f" ({frame}" * bool(frame), *kind, stem])
+            found[Row(part, label, key, metric, "".join(kind), step)] = score["value"]
+    order = list(METRICS)
+    return dict(sorted(found.items(), key=lambda i: order.index(i[0].metric.partition(" (")[0])))
+
+
+def scores(folder: Path) -> dict[Row, float]:
+    """All that a cell's files say."""
+    found = {}
+    for part, stage in ((BEFORE, folder / "pretrain"), (AFTER, folder / "sft")):
+        logged, probe = {}, {}
+        if (stage / "probe.json").exists():                     # then the training has ended
+            probe = json.loads((stage / "probe.json").read_text())
+            for line in (stage / "metrics.jsonl").read_text().splitlines():
+                logged |= json.loads(line)                      # the last of each
+        for names, source in ((LOSSES, logged), (PROBED, probe)):
+            for key, label in names.items():
+                value = source
+                for name in key.split("/"):
+                    own = dict(enumerate(value)) if isinstance(value, list) else value or {}
+                    value = own.get(int(name) if isinstance(value, list) else name)
+                again = part == AFTER and key.startswith("entropy/encoder")     # Z stays as it was
+                if value is not None and not again:
+                    found[Row(part, label, key)] = value
+        found |= evaluated(stage / "eval.json", part)
+    points = {int(file.parent.name[5:]): file for file in folder.glob("sft/step-*/eval.json")}
+    for step, file in sorted(points.items()):
+        found |= evaluated(file, ALONG, step)
+    return found
+
+
+def summary(args: Args, plan: list[tuple[str, int]], command: str) -> dict:
+    """results.json: how it was made, {part: rows} of the comparison, and the ablations' rows."""
+    every = [stage for cell in plan for stage in stages(*cell, args)]
     ran = [(stage, record(stage)) for stage in every if stage.output.exists()]
-    missing = len(every) - len(ran)
-
-    def seen(name):
-        return "; ".join(dict.fromkeys(value for _, row in ran for value in row[name].split("; ")))
-
     minutes = {}
     for stage, row in ran:
-        minutes.setdefault("a point of the curve" if stage.name.startswith("step-") else stage.name, []).append(row.get("seconds", 0) / 60)
-    finished = {v: sum((Path(args.out) / f"{v}-{seed}" / "sft" / "eval.json").exists() for seed in table.seeds) for v in table.variants}
-    example = [f"    {made_by(stage, args)}" for stage in stages(plan[0], args) if not stage.name.startswith("step-")]
-    changed = {cell.name: " ".join(text for pair in cell.flags.items() for text in pair if text) for cell in plan}
+        name = "a point of the curve" if stage.name.startswith("step-") else stage.name
+        minutes.setdefault(name, []).append(row.get("seconds", 0) / 60)
+    seen = {key: "; ".join(dict.fromkeys(v for _, row in ran for v in row.get(key, "").split("; ")))
+            for key in ("hardware", "python", "torch", "transformers", "commit", "date")}
+
+    found = {cell: scores(Path(args.out) / f"{cell[0]}-{cell[1]}") for cell in plan}
+    order = list(dict.fromkeys(row for own in found.values() for row in own))
+    first = {}                                                  # metric of PAPER: its first row
+    for row in order:
+        if row.part == AFTER and row.metric in PAPER and not row.kind:
+            first.setdefault(row.metric, row)
+    rows = []
+    for row in order:
+        headline = row.key in [own.key for own in first.values()]
+        if row.part == ALONG and not headline:
+            continue
+        values = {v: {seed: found[v, seed][row] for seed in range(args.seeds)
+                      if row in found.get((v, seed), {})} for v in args.variants}
+        changes = {v: change(values.get(BASE, {}), values[v]) for v in args.variants if v != BASE}
+        rows.append(row._asdict() | dict(
+            scores={v: mean_interval(list(own.values())) | dict(seeds=own)
+                    for v, own in values.items() if own},
+            changes={v: own for v, own in changes.items() if own},
+            paper=PAPER[row.metric] if row.part == AFTER and row in first.values() else None))
+    wanted = [row for row in order if row.part == BEFORE and not row.kind and (
+        row.key in ("val_caption_loss", "align", "recall/5", "entropy/projected")
+        or row.metric == "CIDEr")] + list(first.values())
+    ablations = {name: {f"{row.label}, {row.part}": found[name, 0].get(row) for row in wanted}
+                 for name in [*args.variants, *ABLATIONS] if found.get((name, 0))}
+    return dict(
+        command=command, missing=len(every) - len(ran), stages=len(every), **seen, seeds=args.seeds,
+        variants=args.variants, minutes={k: statistics.fmean(v) for k, v in minutes.items()},
+        flags={name: CELLS[name] for name, _ in plan}, rows=rows,
+        ablations=ablations if args.ablations else {})
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[list]) -> list[str]:
+    """A table, its header first; None: nothing."""
+    lines = ["| " + " | ".join("" if c is None else str(c) for c in row) + " |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""]
+
+
+def shown(score: dict | None) -> str | None:
+    """The mean over seeds, with its interval."""
+    if score:
+        half = "" if score["half"] is None else f" ± {score['half']:.3f}"
+        return f"{score['mean']:.3f}{half}"
+
+
+def shown_change(found: dict | None) -> str | None:
+    """A change in per cent and as a difference; bold: its interval excludes zero."""
+    if not found:
+        return None
+    difference, half, percent = found["difference"], found["half"], found["percent"]
+    text = f"{difference:+.3f}" if percent is None else f"{percent:+.1f}%"
+    if half is None:
+        return text
+    text = f"**{text}**" if abs(difference) > half else text
+    return f"{text} ({difference:+.3f} ± {half:.3f})"
+
+
+def tables(results: dict) -> str:
+    """The tables of results.md."""
+    lines = []
+    for part in (BEFORE, AFTER, ALONG):
+        rows, variants = [r for r in results["rows"] if r["part"] == part], results["variants"]
+        if not rows:
+            continue
+        others = [v for v in variants if v != BASE and BASE in variants]
+        paper = any(row["paper"] for row in rows)
+        table = [["", *variants, *(f"{v}: change" for v in others), *["the paper's"] * paper]]
+        for row in rows:
+            table.append([
+                row["label"] + f", {row['step']} steps" * bool(row["step"]),
+                *(shown(row["scores"].get(v)) for v in variants),
+                *(shown_change(row["changes"].get(v)) for v in others),
+                *[f"{row['paper']:+d}%" if row["paper"] else None] * paper])
+        lines += [f"## {part.capitalize()}", "", *markdown(table)]
+    if results["ablations"]:
+        columns = list(next(iter(results["ablations"].values())))
+        table = [[name, *(None if own.get(c) is None else f"{own[c]:.3f}" for c in columns)]
+                 for name, own in results["ablations"].items()]
+        lines += ["## Ablations, seed 0", "", *markdown([["", *columns], *table])]
+    return "\n".join(lines)
+
+
+def report(results: dict) -> str:
+    """results.md."""
+    missing = f"**Not complete: {results['missing']} of {results['stages']} stages have not run.**"
+    flags = "; ".join(f"{name} `{text or 'none'}`" for name, text in results["flags"].items())
     lines = [
-        "# Results", "", "Written by reproduce.py." + f" **Not complete: {missing} of {len(every)} stages have not run.**" * bool(missing),
-        "",
-        f"- command: `{command}`", f"- hardware: {seen('hardware')}",
-        f"- Python {seen('python')}, torch {seen('torch')}, transformers {seen('transformers')}; commit {seen('commit')}; {seen('date')}",
-        f"- seeds: from 0 on, {', '.join(f'{variant} {n}' for variant, n in finished.items())}",
-        "- minutes, mean: " + ", ".join(f"{name} {statistics.fmean(m):.1f}" for name, m in minutes.items()), "",
-        f"The cell {plan[0].label} is", "", *example, "", "The others differ in --seed and in these flags of pretrain.py: "
-        f"{'; '.join(f'{name} `{text}`' if text else f'{name} none' for name, text in changed.items())}." +
-        " Ablations keep no points of the curve." * (args.ablations and args.keep_every > 0), "",
-        "Scores: mean over seeds ± half of its 95 % t-interval; of one seed alone [95 % interval of the bootstrap over images]. Changes "
-        f"are from {BASE}: relative to its mean (in brackets the mean paired difference ± half of its 95 % interval, and p of the paired "
-        "t-test over seeds); bold: the interval excludes zero. p is not corrected for the number of rows. Losses are better when lower; a "
-        "lower entropy is stronger compression. The paper's changes are what it reports for its own models and benchmarks.", ""]
-    for part in (PRETRAINING, TUNING):
-        lines += [f"## {part.capitalize()}", "", *results.comparison(table, table.part(part))] if table.part(part) else []
-    return "\n".join([*lines, *results.reading(table), *results.curves(table), *results.ablations(table, list(ABLATIONS))]).rstrip() + "\n"
+        "# Results", "", "Written by reproduce.py. " + missing * bool(results["missing"]), "",
+        f"- command: `{results['command']}`", f"- hardware: {results['hardware']}",
+        f"- Python {results['python']}, torch {results['torch']}, transformers"
+        f" {results['transformers']}; commit {results['commit']}; {results['date']}",
+        f"- seeds: from 0 on, {results['seeds']} of each variant",
+        "- minutes, mean: " + ", ".join(f"{k} {m:.1f}" for k, m in results["minutes"].items()),
+        f"- flags of pretrain.py: {flags}", "",
+        "Scores: mean over seeds ± half of its 95% t-interval. Changes are from caption-only: in per"
+        " cent of its mean,", "in brackets the mean paired difference ± half of its 95% interval;"
+        " bold: the interval excludes zero. None is", "corrected for the number of rows. Losses are"
+        " better when lower; a lower entropy is stronger compression.", "", tables(results)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-# -------------------------------------------------------------------------------------------------------------------------- main
+# ---- main ----------------------------------------------------------------------------------------
+
 
 def main(args: Args) -> None:
-    """Run what has not run; with everything there, or with --report, write the report and the picture."""
-    until = time.monotonic() + 0.97 * args.budget if args.budget else math.inf                  # the rest is for starting and stopping
-    command, args = asked(args), check(args)
+    """Run what has not run; with everything there, or with --report, write the report."""
+    until = time.monotonic() + 0.97 * args.budget if args.budget else math.inf  # the rest: to stop
+    command, args = shlex.join(["python", "reproduce.py", *sys.argv[1:]]), check(args)
     plan = cells(args)
     for cell in plan:
-        for stage in stages(cell, args):
+        for stage in stages(*cell, args):
             check_made_by(stage, args)
     if not args.report:
         try:
@@ -368,22 +523,20 @@ def main(args: Args) -> None:
             runtime.log("interrupted; to go on, run the same command again")
             sys.exit(130)
         if not complete:
-            left = sum(not stage.output.exists() for cell in plan for stage in stages(cell, args))
-            runtime.log(f"incomplete: {left} stages or more are left when the time is up; to go on, run the same command again")
+            left = sum(not s.output.exists() for cell in plan for s in stages(*cell, args))
+            runtime.log(f"incomplete: {left} stages or more are left when the time is up; to go on, run"
+                        " the same command again")
             return
-    table = results.Table(Path(args.out), [cell.label for cell in plan], args.variants, args.seeds)
-    if not table.rows:
+    results = summary(args, plan, command)
+    if not results["rows"]:
         raise InputError(f"{args.out}: nothing to report yet; run without --report")
-    with runtime.atomic(args.results) as path:
-        path.write_text(report(args, plan, table, command))
-    files = [args.results]
-    if drawn := results.picture(table):
-        files.append(args.picture)
-        with runtime.atomic(args.picture) as path:
-            drawn.save(path, "PNG")
-    runtime.log(f"wrote {' and '.join(files)}; next: read {args.results}")
+    files = [Path(args.out) / name for name in ("results.json", "results.md")]
+    for file, text in zip(files, (json.dumps(results, indent=1) + "\n", report(results))):
+        with runtime.atomic(file) as path:
+            path.write_text(text)
+    runtime.finished(files, f"read {files[1]}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that the stages are ended
-    runtime.run(main, Args, __doc__, InputError)
+    runtime.run(main, Args, __doc__)

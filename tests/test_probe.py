@@ -1,5 +1,4 @@
-"""probe.py against closed forms and worked examples, and one run of it on a model small enough to know every answer of."""
-
+"""probe.py against closed forms and worked examples, and on a model whose answers are known."""
 import json
 import math
 
@@ -8,97 +7,107 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 import probe
-from data import InputError
+import runtime
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------- entropy
+# ---- entropy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "width"), [(5, 11), (11, 11)])
 def test_entropy_of_orthogonal_rows_is_ln_n_whatever_their_lengths(n, width):
     rows = torch.linalg.qr(random(width, width))[0][:n] * torch.arange(1, n + 1)[:, None]
+    more = torch.cat([rows, -3 * rows, torch.zeros(2, width)])
     assert probe.von_neumann_entropy(rows) == pytest.approx(math.log(n), abs=1e-12)
-    assert probe.von_neumann_entropy(torch.cat([rows, -3 * rows, torch.zeros(2, width)])) == pytest.approx(math.log(n), abs=1e-12)
-
-
-def test_entropy_of_parallel_rows_and_of_none_is_zero():
-    rows = random(7, 1) * random(1, 5)
-    assert probe.von_neumann_entropy(rows) == pytest.approx(0, abs=1e-12)
-    assert probe.von_neumann_entropy(rows.T @ rows[:, :1] * random(1, 13)) == pytest.approx(0, abs=1e-12)
-    assert probe.von_neumann_entropy(torch.zeros(3, 4)) == 0
+    assert probe.von_neumann_entropy(more) == pytest.approx(math.log(n), abs=1e-12)
 
 
 @pytest.mark.parametrize("width", [3, 40])                      # covariance and Gram
-def test_entropy_of_two_orthogonal_groups_is_binary_entropy(width):
+def test_entropy_of_parallel_rows_of_two_directions_and_of_none(width):
+    parallel = random(7, 1) * random(1, width)
+    for rows in (parallel, parallel[:1]):
+        assert probe.von_neumann_entropy(rows) == pytest.approx(0, abs=1e-12)
+    assert probe.von_neumann_entropy(torch.zeros(7, width)) == 0
     rows = torch.zeros(10, width)
     rows[:3, 0], rows[3:, 1] = 2.0, 5.0
-    assert probe.von_neumann_entropy(rows) == pytest.approx(-0.3 * math.log(0.3) - 0.7 * math.log(0.7), abs=1e-9)
+    binary = -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
+    assert probe.von_neumann_entropy(rows) == pytest.approx(binary, abs=1e-9)
 
 
 def test_entropy_does_not_depend_on_the_side_or_the_chunks(monkeypatch):
     rows = random(37, 23)
-    u = rows / rows.norm(dim=1, keepdim=True)
-    s = torch.linalg.svdvals(u).square() / len(u)
-    expected = -(s * s.log()).sum().item()
-    assert probe.von_neumann_entropy(rows) == pytest.approx(expected, abs=1e-10)
-    assert probe.von_neumann_entropy(torch.nn.functional.pad(rows, (0, 50))) == pytest.approx(expected, abs=1e-10)
+    s = torch.linalg.svdvals(F.normalize(rows, dim=1)).square() / 37
+    expected = pytest.approx(-(s * s.log()).sum().item(), abs=1e-10)
+    assert probe.von_neumann_entropy(rows) == expected
+    assert probe.von_neumann_entropy(F.pad(rows, (0, 50))) == expected
     monkeypatch.setattr(probe, "CHUNK", 1000)
-    assert probe.von_neumann_entropy(rows) == pytest.approx(expected, abs=1e-10)
+    assert probe.von_neumann_entropy(rows) == expected
 
 
 def test_entropies_per_image_pooled_and_without_the_mean():
     first, second, third = torch.eye(3)
-    x = torch.stack([torch.stack([first, first]), torch.stack([second, third])])                # (2 images, 2 patches, 3)
+    x = torch.stack([torch.stack([first, first]), torch.stack([second, third])])    # (2, 2, 3)
     mean, pooled, centred = probe.entropies(x, "cpu")
     assert mean == pytest.approx(math.log(2) / 2)
     assert pooled == pytest.approx(1.5 * math.log(2))           # weights 1/2, 1/4, 1/4
-    y = x - x.mean((0, 1))
-    assert centred == pytest.approx(probe.von_neumann_entropy(y.flatten(0, 1)), abs=1e-6)
+    rest = (x - x.mean((0, 1))).flatten(0, 1)
+    assert centred == pytest.approx(probe.von_neumann_entropy(rest), abs=1e-6)
     assert centred < math.log(2) < pooled                       # the centred rows lie in a plane
 
 
 def test_collapse_does_not_pass_for_diversity_once_the_mean_is_removed():
-    x = (torch.ones(100, 1) * random(1, 16, dtype=torch.float32) + 1e-8 * random(100, 16, dtype=torch.float32)).view(10, 10, 16)
-    assert max(probe.entropies(x, "cpu")) < 1e-6
+    x = random(1, 16, dtype=torch.float32) + 1e-8 * random(100, 16, dtype=torch.float32)
+    assert max(probe.entropies(x.view(10, 10, 16), "cpu")) < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------- alignment and recall
+# ---- alignment and recall ------------------------------------------------------------------------
 
-W = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [3, 3, 0]])                                # cosines ignore the lengths
+W = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [3, 3, 0]])            # cosines ignore lengths
 H = torch.tensor([[3, 0, 0.1], [0.9, 1, 0]])
-WORDS = [[(0,), (2,)], [(1, 2)]]                                # two words of a token each; one word of two tokens
+WORDS = [[(0,), (2,)], [(1, 2)]]                                # two words; one word of two tokens
 
 
 def test_alignment_of_a_worked_example():
     first = (3 + 0.1) / math.sqrt(9.01) / 2
     second = 1 / math.sqrt(1.81) / math.sqrt(2)
-    assert probe.alignment(H, W, WORDS) == pytest.approx((first + second) / 2, abs=1e-6)
-    stretched = W * torch.tensor([[1], [7], [1], [1]])          # a word's tokens are averaged as unit vectors
-    assert probe.alignment(H, stretched, WORDS) == pytest.approx((first + second) / 2, abs=1e-6)
+    expected = pytest.approx((first + second) / 2, abs=1e-6)
+    assert probe.alignment(H, W, WORDS) == expected
+    stretched = W * torch.tensor([[1], [7], [1], [1]])          # tokens count as unit vectors
+    assert probe.alignment(H, stretched, WORDS) == expected
 
 
 def test_recall_of_a_worked_example(monkeypatch):
-    assert probe.nearest_rows(H, W, 3).tolist() == [[0, 3, 2], [3, 1, 0]]
-    monkeypatch.setattr(probe, "CHUNK", 3)
     nearest = probe.nearest_rows(H, W, 3)
     assert nearest.tolist() == [[0, 3, 2], [3, 1, 0]]
-    assert probe.word_recall(nearest, WORDS).tolist() == pytest.approx([0.25, 0.75, 1.0])
+    monkeypatch.setattr(probe, "CHUNK", 3)
+    assert torch.equal(probe.nearest_rows(H, W, 3), nearest)
+    assert probe.word_recall(nearest, WORDS) == pytest.approx([0.25, 0.75, 1.0])
 
 
-# ----------------------------------------------------------------------------------------------------- matching pursuit
+def test_anisotropy_is_the_mean_over_all_pairs(monkeypatch):
+    monkeypatch.setattr(probe, "CHUNK", 4 * 12 * 7)
+    w = random(50, 12, dtype=torch.float32) + 1
+    cosine = F.normalize(w, dim=1) @ F.normalize(w, dim=1).T
+    expected = (cosine.sum() - 50) / (50 * 49)
+    scaled = w * torch.arange(1, 51)[:, None]
+    table = torch.cat([scaled, torch.zeros(3, 12)])
+    assert probe.anisotropy(table) == pytest.approx(expected.item(), abs=1e-5)
+
+
+# ---- matching pursuit ----------------------------------------------------------------------------
 
 
 def test_pursuit_of_an_orthonormal_dictionary_takes_the_largest_coefficients():
     dictionary, x = torch.linalg.qr(random(9, 9))[0], random(6, 9, seed=1)
     indices, coefficients, explained = probe.matching_pursuit(4 * x, 2 * dictionary, 5)
-    inner = x / x.norm(dim=1, keepdim=True) @ dictionary.T
+    inner = F.normalize(x, dim=1) @ dictionary.T
     order = inner.abs().argsort(1, descending=True)[:, :5]
     assert torch.equal(indices, order)
     torch.testing.assert_close(coefficients, inner.gather(1, order))
@@ -106,20 +115,22 @@ def test_pursuit_of_an_orthonormal_dictionary_takes_the_largest_coefficients():
 
 
 def test_pursuit_recovers_a_planted_combination():
-    dictionary = torch.nn.functional.normalize(random(40, 64, seed=2), dim=1)
-    x = dictionary[[5, 17, 30]].T @ torch.tensor([2, -1.5, 1]).double()
+    dictionary = F.normalize(random(40, 64, seed=2), dim=1)
+    planted = torch.tensor([2, -1.5, 1]).double()
+    x = dictionary[[5, 17, 30]].T @ planted
     indices, coefficients, explained = probe.matching_pursuit(x[None], dictionary, 3)
     assert indices.tolist() == [[5, 17, 30]]
-    torch.testing.assert_close(coefficients[0] * x.norm(), torch.tensor([2, -1.5, 1]).double())
+    torch.testing.assert_close(coefficients[0] * x.norm(), planted)
     assert explained[0, 2] == pytest.approx(1) and explained[0, 1] < 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pursuit_is_greedy_and_least_squares_at_every_step(dtype, monkeypatch):
-    monkeypatch.setattr(probe, "CHUNK", 4 * 6 * 19 * 2)             # chunks of three rows
+    monkeypatch.setattr(probe, "CHUNK", 4 * 6 * 19 * 2)         # chunks of three rows
     dictionary, x = random(53, 19, seed=3), random(7, 19, seed=4)
-    indices, coefficients, explained = probe.matching_pursuit(x.to(dtype), dictionary.to(dtype), 6)
-    d, u = (t / t.norm(dim=1, keepdim=True) for t in (dictionary, x))
+    found = probe.matching_pursuit(x.to(dtype), dictionary.to(dtype), 6)
+    indices, coefficients, explained = found
+    d, u = F.normalize(dictionary, dim=1), F.normalize(x, dim=1)
     close = {"atol": 1e-5 if dtype == torch.float32 else 1e-12, "rtol": 0}
     for i in range(7):
         residual = u[i]
@@ -128,7 +139,8 @@ def test_pursuit_is_greedy_and_least_squares_at_every_step(dtype, monkeypatch):
             basis = d[indices[i, : k + 1]].T
             fit = torch.linalg.lstsq(basis, u[i, :, None]).solution
             residual = u[i] - (basis @ fit).squeeze(1)
-            torch.testing.assert_close(explained[i, k].double(), 1 - residual.square().sum(), **close)
+            left = residual.square().sum()
+            torch.testing.assert_close(explained[i, k].double(), 1 - left, **close)
         torch.testing.assert_close(coefficients[i].double(), fit.squeeze(1), **close)
     assert (explained.diff(dim=1) >= 0).all()
 
@@ -141,21 +153,23 @@ def test_pursuit_survives_repeated_rows_zero_rows_and_more_atoms_than_dimensions
     assert all(len(set(row)) == 8 for row in indices.tolist())
     assert coefficients.isfinite().all() and coefficients.abs().max() < 10
     torch.testing.assert_close(explained[:, -1], torch.tensor([1.0, 1, 0]))
-    atoms = torch.nn.functional.normalize(dictionary, dim=1)[indices]
-    torch.testing.assert_close(torch.einsum("nk,nkd->nd", coefficients, atoms), torch.nn.functional.normalize(x, dim=1))
+    atoms = F.normalize(dictionary, dim=1)[indices]
+    fitted = torch.einsum("nk,nkd->nd", coefficients, atoms)
+    torch.testing.assert_close(fitted, F.normalize(x, dim=1))
     with pytest.raises(ValueError, match="1 .. 10"):
         probe.matching_pursuit(x, dictionary, 11)
 
 
 def test_pursuit_stays_orthogonal_among_nearly_parallel_atoms():
     base = random(1, 20, seed=6)
-    dictionary, x = base + 0.001 * random(30, 20, seed=7), 3 * base + random(50, 20, seed=8)
-    indices, _, explained = probe.matching_pursuit(x.float(), dictionary.float(), 8)
+    dictionary = (base + 0.001 * random(30, 20, seed=7)).float()
+    x = (3 * base + random(50, 20, seed=8)).float()
+    indices, _, explained = probe.matching_pursuit(x, dictionary, 8)
     for i in range(50):
-        basis, u = dictionary.float()[indices[i]].double().T, torch.nn.functional.normalize(x[i].float().double(), dim=0)
+        basis, u = dictionary[indices[i]].double().T, F.normalize(x[i].double(), dim=0)
         fit = torch.linalg.lstsq(basis, u[:, None], driver="gelsd").solution
         rest = (u - (basis @ fit).squeeze(1)).square().sum().item()
-        assert explained[i, -1].item() == pytest.approx(1 - rest, abs=2e-5)                     # 6e-3 with one pass of Gram-Schmidt
+        assert explained[i, -1].item() == pytest.approx(1 - rest, abs=2e-5)     # one pass: 6e-3
 
 
 def test_rotation_keeps_angles_and_loses_directions():
@@ -165,15 +179,36 @@ def test_rotation_keeps_angles_and_loses_directions():
     assert (r - d).norm() > 0.5 * d.norm()
 
 
-# -------------------------------------------------------- a model that turns a patch's colour into the colour's own word
+def test_a_large_vocabulary_needs_no_second_table(monkeypatch):
+    """No product is larger than the (20011, 40) table itself: chunks, not patches x words."""
+    largest, matmul = [0], torch.Tensor.__matmul__
+
+    def counted(a, b):
+        out = matmul(a, b)
+        largest[0] = max(largest[0], out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    monkeypatch.setattr(probe, "CHUNK", 2**18)
+    w, x = random(20011, 40, dtype=torch.float32), random(300, 40, dtype=torch.float32)
+    probe.nearest_rows(x, w, 10)
+    both = torch.cat([x, probe.rotated(x, torch.Generator().manual_seed(0))])
+    probe.matching_pursuit(both, w, 4)
+    assert 0 < largest[0] <= 2**18 + len(w)
 
 
-TOKENS = ["<unk>", "Ġred", "Ġblue", "Ġgrey", "x", "Ġ7", "Ġ", *(f"Ġ{a}{b}" for a in "klmnopqr" for b in "aeiouwy")]
+# ---- a model that turns a patch's colour into the colour's own word ------------------------------
+
+
+TOKENS = ["<unk>", "Ġred", "Ġblue", "Ġgrey", "x", "Ġ7", "Ġ",
+          *(f"Ġ{a}{b}" for a in "klmnopqr" for b in "aeiouwy")]
 
 
 def word_tokenizer():
-    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<unk>"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    vocabulary = {token: i for i, token in enumerate(TOKENS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
@@ -188,120 +223,190 @@ class Model:
         return self
 
     def encode(self, pixels):
-        return torch.nn.functional.adaptive_avg_pool2d(pixels, self.grid).flatten(2).transpose(1, 2)            # (B, P, 3)
+        return F.adaptive_avg_pool2d(pixels, self.grid).flatten(2).transpose(1, 2)      # (B, P, 3)
 
     def projector(self, z):
-        return self.word_embeddings[1:4][torch.stack([z[..., 0] - z[..., 2], z[..., 2] - z[..., 0], 0 * z[..., 0] + 0.3], 2).argmax(2)]
+        red = z[..., 0] - z[..., 2]
+        scores = torch.stack([red, -red, 0 * red + 0.3], 2)     # of red, blue, grey
+        return self.word_embeddings[1:4][scores.argmax(2)]
 
 
 def write_data(folder, regions=True):
-    """Grey 40 x 20 images, which "pad" puts into rows 10 .. 30 of a 40 x 40 square: red at the top right, blue at the bottom
-    left, both wrongly or rightly labelled "red"; the second image is the first one upside down."""
+    """Two grey 40 x 20 images, which "pad" puts into rows 10 .. 30 of a 40 x 40 square.
+
+    The first is red at the top right and blue at the bottom left, both labelled "red", rightly and
+    wrongly. The second is the first upside down.
+    """
     (folder / "images").mkdir()
     pixels = np.full((20, 40, 3), 128, np.uint8)
     pixels[:10, 30:], pixels[10:, :10] = (255, 0, 0), (0, 0, 255)
     records = []
     for name, top, bottom in (("one", 0, 10), ("two", 10, 0)):
-        boxes = [{"phrase": "a red box", "bbox": [30, top, 40, top + 10]}, {"phrase": "a red box", "bbox": [0, bottom, 10, bottom + 10]}]
-        Image.fromarray(pixels if top == 0 else pixels[::-1].copy()).save(folder / "images" / f"{name}.png")
-        records.append({"id": name, "image": f"{name}.png", **({"regions": boxes} if regions else {})})
+        boxes = [{"phrase": "a red box", "bbox": [30, top, 40, top + 10]},
+                 {"phrase": "a red box", "bbox": [0, bottom, 10, bottom + 10]}]
+        image = Image.fromarray(pixels if top == 0 else pixels[::-1].copy())
+        image.save(folder / "images" / f"{name}.png")
+        record = {"id": name, "image": f"{name}.png"}
+        records.append(record | ({"regions": boxes} if regions else {}))
     (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return records
 
 
 def test_panel_shows_each_word_where_the_patch_is(tmp_path):
-    records, model = write_data(tmp_path), Model()
-    z, h, words = probe.collect(model, records, tmp_path / "images", 1)
+    records, model, images = write_data(tmp_path), Model(), tmp_path / "images"
+    z, h, words = probe.collect(model, records, images, batch_size=1)
     assert z.shape == (2, 16, 3) and h.shape == (2, 16, 24)
-    assert [i for i, row in enumerate(words) if row] == [7, 8, 20, 27]                          # first: (row 1, column 3), (2, 0)
-    (view, panel), (_, second) = probe.panels(model, records, h, words, tmp_path / "images", probe.Palette())
+    assert [i for i, row in enumerate(words) if row] == [7, 8, 20, 27]   # (row 1, column 3), (2, 0)
+    (view, panel), (_, second) = probe.panels(model, records, [0, 1], h, words, images, {})
     assert view.size == panel.size == (probe.PANEL, probe.PANEL)
-    cell = probe.PANEL // 4
-    middle = {(r, c): view.getpixel((c * cell + cell // 2, r * cell + cell // 2)) for r in range(4) for c in range(4)}
-    assert middle[1, 3][0] > 240 > 20 > middle[1, 3][2] and middle[2, 0][2] > 240 > 20 > middle[2, 0][0]
-    assert all(abs(v - 128) < 9 for at, colour in middle.items() if at not in ((1, 3), (2, 0)) for v in colour)
-    for (row, column), sign, frame in (((1, 3), 1, True), ((2, 0), -1, False)):                 # the second box is mislabelled: red frame
-        x, y = column * cell, row * cell
+    side = probe.PANEL // 4
+    middle = {(r, c): view.getpixel((c * side + side // 2, r * side + side // 2))
+              for r in range(4) for c in range(4)}
+    red, blue = middle.pop((1, 3)), middle.pop((2, 0))
+    assert red[0] > 240 > 20 > red[2] and blue[2] > 240 > 20 > blue[0]
+    assert all(abs(v - 128) < 9 for colour in middle.values() for v in colour)
+    for row, column, sign, frame in ((1, 3, 1, True), (2, 0, -1, False)):
+        x, y = column * side, row * side
         tint = panel.getpixel((x + 15, y + 15))
         assert sign * (tint[0] - tint[2]) > 60
-        assert panel.getpixel((x + 2, y + cell // 2)) == probe.FRAME[frame]
-    assert panel.getpixel((2, cell // 2)) not in probe.FRAME.values()
-    assert second.getpixel((3 * cell + 2, 2 * cell + cell // 2)) == probe.FRAME[True]
-    assert len({panel.getpixel((c * cell + 15, r * cell + 15)) for r in (1, 2) for c in (1, 2)}) == 1           # plain grey
+        assert panel.getpixel((x + 2, y + side // 2)) == probe.FRAME[frame]
+    assert panel.getpixel((2, side // 2)) not in probe.FRAME.values()
+    assert second.getpixel((3 * side + 2, 2 * side + side // 2)) == probe.FRAME[True]
+    grey = {panel.getpixel((c * side + 15, r * side + 15)) for r in (1, 2) for c in (1, 2)}
+    assert len(grey) == 1
+    (upside, alone), = probe.panels(model, records, [1], h, words, images, {})
+    assert np.array_equal(upside, np.asarray(view)[::-1])
+    assert np.array_equal(alone, second)                        # its own patches and words
 
 
 def test_areas_are_connected_along_edges_and_do_not_wrap():
-    assert sorted(probe.areas("abaaabccb", (3, 3))) == [[0, 3, 4], [1], [2], [5, 8], [6, 7]]
+    assert sorted(probe.areas("abaaabccb", 3)) == [[0, 3, 4], [1], [2], [5, 8], [6, 7]]
+    assert sorted(probe.areas("abaaaa", 3)) == [[0, 2, 3, 4, 5], [1]]                # joined below
 
 
-def test_panel_with_narrow_patches_names_areas_once():
+@pytest.mark.parametrize(("side", "texts"), [
+    (16, ["a"] * 128 + [""] * 127 + ["a"]),                     # narrow: areas of three and more
+    (4, [""] * 15 + ["a"])])                                    # wide: every patch
+def test_panel_names_areas_of_narrow_patches_and_each_wide_patch(side, texts):
     view = Image.new("RGB", (probe.PANEL, probe.PANEL), (90, 90, 90))
-    black = probe.Palette({"a": (0, 0, 0), "": (0, 0, 0)})
-    plain = probe.panel(view, (16, 16), ["a"] * 128 + [""] * 128, [None] * 256, black)
+    black = {"a": (0, 0, 0), "": (0, 0, 0)}
+    plain = probe.panel(view, (side, side), texts, [None] * side**2, black)
     bright = (np.asarray(plain).max(2) > 200).nonzero()
-    assert len(bright[0]) and np.ptp(bright[0]) < 25 and np.ptp(bright[1]) < 25
+    assert len(bright[0]) and np.ptp(bright[0]) < 25 and np.ptp(bright[1]) < 25     # one name
 
 
 def test_words_of_the_dictionary():
     tokenizer, w = Model.tokenizer, Model.word_embeddings.clone()
     w[2] = 1e-6                                                 # a row that training never touched
     ids, texts, whole = probe.word_rows(tokenizer, w)
-    assert whole and ids.tolist() == [1, 3, *range(7, 63)] and texts[:3] == ["red", "grey", "ka"]                  # not <unk>, x, Ġ7, Ġ
+    assert whole and ids.tolist() == [1, 3, *range(7, 63)]      # not <unk>, x, Ġ7, Ġ
+    assert texts[:3] == ["red", "grey", "ka"]
     ids, texts, whole = probe.word_rows(tokenizer, w[:40])
-    assert not whole and ids.tolist() == [1, *range(3, 40)] and texts[:5] == ["red", "grey", "x", "7", "Ġ"]
+    assert not whole and ids.tolist() == [1, *range(3, 40)]
+    assert texts[:5] == ["red", "grey", "x", "7", "Ġ"]
 
 
-def run(tmp_path, monkeypatch, regions=True, **flags):
-    write_data(tmp_path, regions)
-    monkeypatch.setattr(probe, "load_checkpoint", lambda path, device, dtype: (Model(), {"stage": "pretrain"}))
-    checkpoints = [tmp_path / name / "ckpt.pt" for name in ("plain", "labelled")]
-    for path in checkpoints:
-        path.parent.mkdir()
-        path.touch()
-    probe.main(probe.Args([str(c) for c in checkpoints], data=str(tmp_path / "test.jsonl"), atoms=3, show=1, **flags))
-    return [json.loads((c.parent / "probe.json").read_text()) for c in checkpoints]
+# ---- the whole stage -----------------------------------------------------------------------------
+
+
+def probed(folder, monkeypatch, regions=True, model=Model, **flags):
+    """probe.main on two checkpoints of the model -> their probe.json."""
+    write_data(folder, regions)
+    monkeypatch.setattr(probe, "load_checkpoint", lambda path, device, dtype: (model(), {}))
+    files = [folder / name / "ckpt.pt" for name in ("plain", "labelled")]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    named = {"data": str(folder / "test.jsonl"), "atoms": 3, "show": 1} | flags
+    probe.main(probe.Args([str(file) for file in files], **named))
+    return [json.loads((file.parent / "probe.json").read_text()) for file in files]
 
 
 def test_main_writes_the_agreed_keys_the_picture_and_the_table(tmp_path, monkeypatch, capsys):
-    first, second = run(tmp_path, monkeypatch)
+    first, second = probed(tmp_path, monkeypatch)
     assert first["checkpoint"] != second.pop("checkpoint") and first.items() > second.items()
-    assert set(first["entropy"]) == set(probe.ENTROPIES) and set(first["recall"]) == {"1", "5", "10"}
-    assert first["recall"]["1"] == 0.5                          # "box" has no token; "red" is nearest on one of the two boxes
+    assert set(first["entropy"]) == {"encoder", "projected", "encoder_pooled", "projected_pooled",
+                                     "encoder_centred", "projected_centred"}
+    assert first["effective_rank"]["projected"] == math.exp(first["entropy"]["projected"])
+    assert set(first["recall"]) == {"1", "5", "10"}
+    assert first["recall"]["1"] == 0.5              # "box" has no token; one box is red
     assert (first["patches"], first["images"], first["labelled"]) == (32, 2, 4)
-    assert first["pursuit"]["explained"][0] == pytest.approx(1) and len(first["pursuit"]["control"]) == 3
-    assert first["pursuit"]["control"][0] < 0.8
+    assert first["words_per_patch"] == 1
+    pursuit = first["pursuit"]
+    assert pursuit["explained"][0] == pytest.approx(1) and len(pursuit["control"]) == 3
+    assert pursuit["control"][0] < 0.8
     with Image.open(tmp_path / "plain" / "probe.png") as image:
-        assert image.size == (3 * probe.PANEL + 4 * probe.GAP, probe.PANEL + 4 * probe.LINE + 2 * probe.GAP)
+        height = probe.PANEL + 4 * probe.LINE + 2 * probe.GAP
+        assert image.size == (3 * probe.PANEL + 4 * probe.GAP, height)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert "plain" in printed[0] and "labelled" in printed[0] and "chance" in "".join(printed)
-    assert "probe.png" in printed[-1] and printed[-1].endswith(f"next: look at {tmp_path}/plain/probe.png")
+    assert printed[0].split() == ["plain", "labelled"]
+    assert any(line.startswith("recall@1 ") and line.count(" 0.500 (") == 2 for line in printed)
+    assert printed[-1].endswith(f"next: look at {tmp_path}/plain/probe.png")
 
 
-def test_main_without_regions_reports_entropy_alone(tmp_path, monkeypatch):
-    first, _ = run(tmp_path, monkeypatch, regions=False)
-    assert first["align"] is first["chance"] is first["recall"]["1"] is None and first["entropy"]["projected"] > 0
+def test_main_without_regions_reports_entropy_and_energy_alone(tmp_path, monkeypatch):
+    first, _ = probed(tmp_path, monkeypatch, regions=False, show=0)
+    assert first["align"] is first["chance"] is first["recall"]["1"] is None
+    assert first["entropy"]["projected"] > 0 and first["pursuit"]["recall"] == [None] * 3
+    assert first["pursuit"]["patches"] == 32 and first["pursuit"]["explained"][0] > 0.5
+    assert not (tmp_path / "plain" / "probe.png").exists()
+
+
+class Diverged(Model):
+    word_embeddings = Model.word_embeddings * math.nan
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (dict(coverage=25), "--coverage 25 is a share"), (dict(atoms=0), "--atoms 0 is less than 1"),
+    (dict(model=Diverged), "not finite")])
+def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch):
+    with pytest.raises(runtime.InputError, match=message):
+        probed(tmp_path, monkeypatch, **flags)
+    assert not list(tmp_path.glob("*/probe.*"))
 
 
 def test_chance_is_the_mean_over_all_pairs_of_patches_and_words():
-    model, n = Model(), 600
+    w, n = Model.word_embeddings, 600
     names = torch.randint(1, 60, (n,), generator=torch.Generator().manual_seed(1)).tolist()
-    h = model.word_embeddings[names] + 0.5 * random(n, 24, seed=5, dtype=torch.float32) + model.word_embeddings[1]
-    args = probe.Args([], atoms=2, pursuit_patches=50)
-    result = probe.analyse(model, h.view(10, 60, 24), h.view(10, 60, 24), [[(i,)] for i in names], args)
-    unit = torch.nn.functional.normalize
-    cosine = unit(h, dim=1) @ unit(model.word_embeddings, dim=1)[names].T                       # (patches, words)
+    h = w[names] + 0.5 * random(n, 24, seed=5, dtype=torch.float32) + w[1]
+    args, x = probe.Args([], atoms=2, pursuit_patches=50), h.view(10, 60, 24)
+    result = probe.analyse(Model(), x, x, [[(i,)] for i in names], args)
+    cosine = F.normalize(h, dim=1) @ F.normalize(w, dim=1)[names].T       # (patches, words)
+    spread = 4 * cosine.std().item() / math.sqrt(n)
     assert result["align"] == pytest.approx(cosine.diagonal().mean().item(), abs=1e-5)
-    assert result["chance"] == pytest.approx(cosine.mean().item(), abs=4 * cosine.std().item() / math.sqrt(n))
-    assert result["align"] > result["chance"] + 0.3 and result["recall"]["5"] > 0.5 > 0.3 > result["recall_chance"]["5"]
-    assert result["pursuit"]["patches"] == 50 and result["pursuit"]["recall"][1] > 0.5 > 0.2 > result["pursuit"]["control_recall"][1]
+    assert result["chance"] == pytest.approx(cosine.mean().item(), abs=spread)
+    assert result["align"] > result["chance"] + 0.3
+    assert result["recall"]["5"] > 0.5 > 0.3 > result["recall_chance"]["5"]
+    pursuit = result["pursuit"]
+    assert pursuit["patches"] == 50
+    assert pursuit["recall"][1] > 0.5 > 0.2 > pursuit["control_recall"][1]
+    table = probe.scores(result)
+    for title, score, note, other in (
+            ("recall@5", result["recall"]["5"], "chance", result["recall_chance"]["5"]),
+            ("pursuit words found, 2 atoms", pursuit["recall"][1], "control",
+             pursuit["control_recall"][1]),
+            ("pursuit energy, 1 atoms", pursuit["explained"][0], "control", pursuit["control"][0])):
+        assert table[title] == f"{score:.3f} ({note} {other:.3f})"
+    assert result["anisotropy"]["norm"] == pytest.approx(w.norm(dim=1).mean().item())
 
 
-def test_outputs_never_collide():
-    assert probe.outputs(["a/ckpt.pt", "b/ckpt.pt"], "")[0] == ["a", "b"]
-    for checkpoints, out in ((["a/ckpt.pt", "b/ckpt.pt"], "x"), (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o"), (["r/one.pt", "r/two.pt"], "")):
-        names, files = probe.outputs(checkpoints, out)
+def test_outputs_never_collide(tmp_path):
+    def outputs(checkpoints, out=""):
+        names, files = runtime.outputs(checkpoints, out, "probe.json")
+        return names, [str(file) for file, in files]
+
+    assert outputs(["a/ckpt.pt", "b/ckpt.pt"]) == (["a", "b"], ["a/probe.json", "b/probe.json"])
+    for checkpoints, out in ((["a/ckpt.pt", "b/ckpt.pt"], "x"), (["r/one.pt", "r/two.pt"], ""),
+                             (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o")):
+        names, files = outputs(checkpoints, out)
         assert len(set(names)) == len(set(files)) == 2
-    assert [f.name for f in probe.outputs(["r/ckpt.pt", "r/ckpt-100.pt"], "")[1]] == ["probe-r.json", "probe-ckpt-100.json"]
-    assert [f.name for f in probe.outputs(["r/ckpt-100.pt"], "")[1]] == ["probe-ckpt-100.json"]         # never as that of ckpt.pt
-    with pytest.raises(InputError, match="two of them would be written to one file"):
-        probe.outputs(["a/ckpt.pt", "a/ckpt.pt"], "o")
+    beside = outputs(["r/ckpt.pt", "r/ckpt-100.pt"])[1]
+    assert beside == ["r/probe-r.json", "r/probe-ckpt-100.json"]
+    assert outputs(["r/ckpt-100.pt"])[1] == ["r/probe-ckpt-100.json"]    # never as that of ckpt.pt
+    mixed = ["llava-hf/llava-1.5-7b-hf", str(tmp_path), f"{tmp_path}/mm_projector.bin"]
+    names, files = outputs(mixed)
+    assert names == ["llava-1.5-7b-hf", tmp_path.name, "mm_projector"]
+    assert files == ["runs/llava-1.5-7b-hf/probe.json", f"{tmp_path}/probe-{tmp_path.name}.json",
+                     f"{tmp_path}/probe-mm_projector.json"]
+    with pytest.raises(runtime.InputError, match="two of them would be written to one file"):
+        outputs(["a/ckpt.pt", "a/ckpt.pt"], "o")
