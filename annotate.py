@@ -118,8 +118,8 @@ def check(args: Args) -> None:
     if not args.out.endswith(".jsonl"):
         raise InputError(f"--out {args.out!r}: name the file to write, ending in .jsonl")
     if not args.from_ and not args.inspect:
-        raise InputError("--from says what to convert; without it, --inspect 4 looks at an OUT that is"
-                         " there")
+        raise InputError("--from says what to convert; without it, --inspect 4 looks at an OUT that"
+                         " is there")
     for f in dataclasses.fields(args):
         flag = f"--{f.name.replace('_', '-')}"
         if getattr(args, f.name) == f.default:
@@ -138,8 +138,8 @@ def check(args: Args) -> None:
     if not Path(args.image_dir or "/dev/null").is_dir():
         raise InputError(f"--image-dir {args.image_dir!r} is not a folder")
     if args.from_ and Path(args.out).exists() and not parts_of(Path(args.out)):
-        raise InputError(f"{args.out} exists; delete it to make it again, or look at it with --inspect"
-                         " and without --from")
+        raise InputError(f"{args.out} exists; delete it to make it again, or look at it with"
+                         " --inspect and without --from")
     if not 0 < args.coverage <= 1:
         raise InputError(f"--coverage {args.coverage} is a share of a patch, above 0 and at most 1")
     if not 0 <= args.threshold <= 1:
@@ -149,7 +149,8 @@ def check(args: Args) -> None:
 
 # ---- parts, then the whole -----------------------------------------------------------------------
 #
-# A part file: a line with the flags, then [number of the image, its records, its problems] per image.
+# A part file: a line with the flags, then [number of the image, its records, its problems] per
+# image.
 
 
 def part_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -179,7 +180,8 @@ def part_line(number: int, records: list[dict], problems: list[str]) -> bytes:
         else:
             problems = [*problems, f"record {record.get('id')}: a text or file name is not Unicode"
                         " (half of a surrogate pair)"]
-    return (json.dumps([number, kept, problems], ensure_ascii=False) + "\n").encode(errors="replace")
+    line = json.dumps([number, kept, problems], ensure_ascii=False) + "\n"
+    return line.encode(errors="replace")
 
 
 def parts_of(out: Path) -> list[Path]:
@@ -198,8 +200,8 @@ def write_part(source, out: Path, header: dict) -> None:
     first_line, batch = (json.dumps(header) + "\n").encode(), source.batch
     for part in parts_of(out):
         if next(part_lines(part), (0, first_line))[1] != first_line:
-            raise InputError(f"{part} is left of a run with other flags or files; delete {out}.rank-*"
-                             " to start again")
+            raise InputError(f"{part} is left of a run with other flags or files; delete"
+                             f" {out}.rank-* to start again")
         done[[number for number, _ in done_in(part)]] = True
     runtime.barrier()                               # all have read before any writes
     own = out.parent / f"{out.name}.rank-{rank}"
@@ -229,8 +231,8 @@ def merge(source, out: Path) -> tuple[int, list[str]]:
         for number, at in done_in(part):
             where[number] = i, at
     if (where < 0).any():
-        raise InputError(f"{out}: {(where[:, 0] < 0).sum()} images are in no part; --out must lie in a"
-                         " folder that all machines share")
+        raise InputError(f"{out}: {(where[:, 0] < 0).sum()} images are in no part; --out must lie"
+                         " in a folder that all machines share")
     problems = [text.encode(errors="replace").decode() for text in source.problems]
     count, listing = 0, Path(f"{out}.problems")
     with contextlib.ExitStack() as stack:
@@ -286,7 +288,7 @@ def main(args: Args) -> None:
 
         seen = grid_of(args)
     out = Path(args.out)
-    complete = out.exists()                         # and maybe parts, if a run stopped deleting them
+    complete = out.exists()  # and maybe parts, if a run stopped deleting them
     if args.from_ and runtime.world() > 1:          # ranks only wait for each other, maybe for days
         wait = datetime.timedelta(days=30)
         torch.distributed.init_process_group("gloo", timeout=wait)

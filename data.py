@@ -47,8 +47,8 @@ def read_records(path, regions=None):
     """Records of a .json file (one list) or a .jsonl file (an object per line) -> list of dicts.
 
     regions: a second file, of objects {"id", "regions"}. A record whose id is there gets its
-    regions in place of its own; others stay as they are. InputError: a malformed file, no record, an id
-    twice in `regions`, or no id in common.
+    regions in place of its own; others stay as they are. InputError: a malformed file, no record,
+    an id twice in `regions`, or no id in common.
     """
     records = _read_objects(path)
     if regions is None:
@@ -266,8 +266,8 @@ def chat_frame(tokenizer, template, answers):
     The template is rendered once, with marks for texts. So an answer stands in training where
     generation begins, whatever the template does with earlier turns or adds to the last one (the
     empty thoughts of Qwen3). It ends with the first special token after it, or, if none comes
-    before the next text, with the end-of-sequence token. InputError: a template that leaves texts out,
-    repeats or reorders them.
+    before the next text, with the end-of-sequence token. InputError: a template that leaves texts
+    out, repeats or reorders them.
     """
     marks = [f"@{i}@" for i in range(2 * answers)]
     roles = ("user", "assistant") * answers
@@ -499,7 +499,8 @@ class StepSampler:
 
     Epochs are seeded permutations of the records laid end to end; step s is the s-th run of
     batch_size of them (it may span two epochs). A rank takes a contiguous share: the shares of
-    ranks 0, 1, ... in order are the batch of one process, so the number of processes changes no data.
+    ranks 0, 1, ... in order are the batch of one process, so the number of processes changes no
+    data.
     """
 
     def __init__(self, length, batch_size, seed, rank=0, world=1):

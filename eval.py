@@ -9,14 +9,15 @@
     python eval.py runs/caption_sft/ckpt.pt runs/sft/ckpt.pt   # side by side; paired differences
     python eval.py ckpt.pt --data refcoco.jsonl vqa.jsonl --image-dir images --box-frame square
 
-Answers are greedy. What cannot be read as an answer counts as wrong, and is counted. Each score has a
-95% interval: percentiles of a bootstrap that draws images, with all their records. Checkpoints are
-compared on the same draws.
+Answers are greedy. What cannot be read as an answer counts as wrong, and is counted. Each score has
+a 95% interval: percentiles of a bootstrap that draws images, with all their records. Checkpoints
+are compared on the same draws.
 
 reads:  checkpoints; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
-        answers the last request, earlier turns are context. Without "answer", what the record itself
-        says there is the answer; without "task", one answer about an image is a caption
-writes: eval.json and predictions.jsonl beside each ckpt.pt (eval-NAME.json beside NAME.pt), or in OUT
+        answers the last request, earlier turns are context. Without "answer", what the record
+        itself says there is the answer; without "task", one answer about an image is a caption
+writes: eval.json and predictions.jsonl beside each ckpt.pt (eval-NAME.json beside NAME.pt), or in
+OUT
 """
 import json
 import math
@@ -176,7 +177,8 @@ CAPTION = {**{f"BLEU-{n}": bleu(n) for n in ORDERS}, "ROUGE-L": mean(1), "CIDEr"
 
 
 def caption_scores(candidates, references):
-    """{BLEU-1, .., BLEU-4, ROUGE-L, CIDEr} of n captions, as pycocoevalcap gives for the same words.
+    """{BLEU-1, .., BLEU-4, ROUGE-L, CIDEr} of n captions, as pycocoevalcap gives for the same
+    words.
 
     candidates: n texts; references: n lists of one or more texts. CIDEr is CIDEr-D, from 0 to 10.
     InputError: no captions, other numbers of them, or one without a reference.
@@ -210,9 +212,9 @@ SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 def normalised(text):
     """An answer as the official VQA script compares it.
 
-    Signs become blanks, or nothing where one stands beside a blank (and all of them in a text with a
-    comma between digits). Periods go, except before a digit. Lower case, number words as digits, no
-    articles, missing apostrophes restored.
+    Signs become blanks, or nothing where one stands beside a blank (and all of them in a text with
+    a comma between digits). Periods go, except before a digit. Lower case, number words as digits,
+    no articles, missing apostrophes restored.
     """
     joined, clean = re.search(r"\d,\d", text), text
     for sign in SIGNS:
@@ -227,9 +229,9 @@ def vqa_accuracy(prediction, answers):
     """The official VQA accuracy of a prediction, in [0, 1] (Antol et al., ICCV 2015; v2).
 
     answers: usually ten texts: the mean, over leaving out each in turn, of min(matches among the
-    others / 3, 1), so fewer than four cannot give 1. As in the official script, answers that are all
-    the same are compared as they are, without normalisation. Ours: one answer (a text, or a list of
-    one) is matched after normalisation, 1 or 0. InputError: no answer.
+    others / 3, 1), so fewer than four cannot give 1. As in the official script, answers that are
+    all the same are compared as they are, without normalisation. Ours: one answer (a text, or a
+    list of one) is matched after normalisation, 1 or 0. InputError: no answer.
     """
     answers = [answers] if isinstance(answers, str) else answers
     if not answers:
@@ -296,7 +298,8 @@ def box_in_pixels(box, image_size, frame, geometry, aspect=1.0):
 # ---- records -------------------------------------------------------------------------------------
 
 TASKS = {"caption": "a text, or a list of texts, none of them empty",
-         "refer": "a box [x0, y0, x1, y1] with x0 < x1 and y0 < y1, in pixels of the original image",
+         "refer": "a box [x0, y0, x1, y1] with x0 < x1 and y0 < y1, in pixels of the original"
+                  " image",
          "vqa": "a text, or a list of texts (usually ten)",
          "choice": "one letter"}                    # what "answer" has to be
 

@@ -8,8 +8,9 @@
 
 The encoder is any vision transformer, the language model any causal one, that transformers' Auto
 classes load. What differs between families (tokens before the patches, grid, pixel statistics,
-scale of the embeddings, chat template) is read from the model's own files. Stage 1 trains the projector
-alone, stage 2 the language model as well: all of it, or low-rank factors beside its linear maps.
+scale of the embeddings, chat template) is read from the model's own files. Stage 1 trains the
+projector alone, stage 2 the language model as well: all of it, or low-rank factors beside its
+linear maps.
 
 The one legend of symbols, used in all files:
 
@@ -20,8 +21,8 @@ The one legend of symbols, used in all files:
     Z     patch features of the frozen encoder: penultimate layer, class and register tokens off
     H     projected patch embeddings, H = projector(Z)
     W     the language model's input word-embedding table
-    Y     target distribution of a patch over V (patch_ids, patch_weights: its K entries that are not
-          zero; all zero = unlabelled)
+    Y     target distribution of a patch over V (patch_ids, patch_weights: its K entries that are
+          not zero; all zero = unlabelled)
     tau   temperature of the patch loss
 """
 import contextlib
@@ -95,7 +96,7 @@ class PatchAlignedModel(nn.Module):
         self.image_mean = processor.get("image_mean", [0.5] * 3)
         self.image_std = processor.get("image_std", [0.5] * 3)
         self.image_resample = processor.get("resample", 3)              # PIL's number of a filter
-        self.patch_size = sides(settings.patch_size)                        # (height, width), pixels
+        self.patch_size = sides(settings.patch_size)  # (height, width), pixels
         size, self.encoder_grid = encoder_input(config["image_size"], processor, settings)
         self.encoder_patches = self.encoder_grid[0] * self.encoder_grid[1]  # P_v
         takes = inspect.signature(self.encoder.forward).parameters
@@ -111,7 +112,7 @@ class PatchAlignedModel(nn.Module):
             raise InputError(f"--{error}") from None
         self.projector = PROJECTORS[kind](settings.hidden_size, D, self.encoder_grid, pool)
         self.embedding_scale = embedding_scale(self.llm)
-        self.words_centre = None                                            # (D,), once it is needed
+        self.words_centre = None  # (D,), once it is needed
         if config.get("tune"):
             self.tune(config["tune"], config.get("lora"))
         if not weights:
@@ -157,7 +158,7 @@ class PatchAlignedModel(nn.Module):
 
     def records(self, path: str, image_dir: str, regions: str = "", max_length: int = 2048,
                 require_image: bool = True) -> Records:
-        """The records of a file as samples for this model: its input, grid, tokenizer and prompt."""
+        """The records of a file as samples for this model."""
         size, geometry, mean, std, resample = self.image_form
         return Records(
             read_records(path, regions or None), image_dir, self.tokenizer, image_size=size,
@@ -208,7 +209,8 @@ class PatchAlignedModel(nn.Module):
                places: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings (B, T, D), with the rows of H (N, P, D) in the places of IMAGE_TOKEN.
 
-        places (N P,): indices into the flat ids; looking them up would make the host wait for a GPU.
+        places (N P,): indices into the flat ids; looking them up would make the host wait for a
+        GPU.
         """
         if places is None:
             places = (input_ids.flatten() == IMAGE_TOKEN).nonzero().squeeze(1)
@@ -224,12 +226,13 @@ class PatchAlignedModel(nn.Module):
         """Sums and counts of the losses over a batch from `data.collate`.
 
         -> {caption_loss, caption_tokens} over what the assistant says; in stage 1 also {patch_loss,
-        patches}. The caller divides once, after adding up batches and ranks. With patch_weight 0 the
-        patch loss is measured, without a gradient. batch["features"] (N, P_v, D_v), if there, is Z.
+        patches}. The caller divides once, after adding up batches and ranks. With patch_weight 0
+        the patch loss is measured, without a gradient. batch["features"] (N, P_v, D_v), if there,
+        is Z.
 
-        Nothing here waits for a GPU: no loss is read, and what the host must know `collate` has read
-        off. Padding stands on the right, where no label is and no causal attention looks, so the
-        language model needs no mask and takes its fastest attention.
+        Nothing here waits for a GPU: no loss is read, and what the host must know `collate` has
+        read off. Padding stands on the right, where no label is and no causal attention looks, so
+        the language model needs no mask and takes its fastest attention.
         """
         config, images = self.config, len(batch["patch_ids"])               # images: N
         if not images:                              # text alone: any image, taken 0 times, so that
@@ -297,7 +300,8 @@ class PatchAlignedModel(nn.Module):
 @contextlib.contextmanager
 def never_packed():
     """Our samples are never packed into one row. Without a mask transformers looks for that in the
-    positions, and the host waits for a GPU's answer in every forward pass; here it does not look."""
+    positions, and the host waits for a GPU's answer in every forward pass; here it does not
+    look."""
     look = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
@@ -418,8 +422,8 @@ def load_trained(model: PatchAlignedModel, saved: dict[str, torch.Tensor], path)
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "no such tensor"
             raise InputError(f"{path}: {name} {tuple(tensor.shape)} does not fit the backbones"
-                             f" {model.config['vision']} and {model.config['llm']} ({shape}); it was"
-                             " trained with others")
+                             f" {model.config['vision']} and {model.config['llm']} ({shape}); it"
+                             " was trained with others")
     missing = set(model.load_state_dict(saved, strict=False).missing_keys)
     lost = missing & {name for name, p in model.named_parameters() if p.requires_grad}
     if lost:

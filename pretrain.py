@@ -136,7 +136,8 @@ def check(args: Args) -> Args:
 
 
 def dry_run(args: Args) -> None:
-    """Print what the run would take, from configurations alone; write them for stage 2's dry run."""
+    """Print what the run would take, from configurations alone; write them for stage 2's dry
+    run."""
     from extras import dry_run
 
     data, args = args.data, check(args)
@@ -227,9 +228,9 @@ def main(args: Args) -> None:
         if args.patch_schedule == "decay":
             weight = weight * (1 - step / steps)
 
-        # Losses are sums, divided by the true counts of the global batch. The labels tell the counts
-        # before the first forward pass. Nothing that lies on a GPU is read but in logged steps: the
-        # host prepares the next step while the GPU is at this one.
+        # Losses are sums, divided by the true counts of the global batch. The labels tell the
+        # counts before the first forward pass. Nothing that lies on a GPU is read but in logged
+        # steps: the host prepares the next step while the GPU is at this one.
         with clock("data"):
             accumulated = [next(batches) for _ in range(0, share, micro)]
         counts = torch.tensor([
@@ -246,7 +247,7 @@ def main(args: Args) -> None:
             caption, patch = sums["caption_loss"], sums["patch_loss"]
             (caption / tokens + weight * patch / patches).backward()
             totals += torch.stack([caption.detach(), patch.detach()])
-        runtime.all_sum([p.grad for p in parameters] + [totals])            # sums: counts are global
+        runtime.all_sum([p.grad for p in parameters] + [totals])  # sums: counts are global
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -46,7 +46,7 @@ from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent                          # where the stages' scripts are
 BASE, ALIGNED, COSINE = VARIANTS = ("caption-only", "patch-aligned", "patch-aligned-cosine")
-LINEAR = "linear-caption-only"                                  # the linear projector's own baseline
+LINEAR = "linear-caption-only"  # the linear projector's own baseline
 ABLATIONS = {                                                   # flags of pretrain.py
     "tau-0.03": "--tau 0.03", "tau-0.2": "--tau 0.2",
     **{f"weight-{w}": f"--patch-weight {w}" for w in ("0.03", "0.1", "0.3", "3")},
@@ -61,7 +61,8 @@ CURVE_LIMIT = 300               # records of each file at a point of the curve
 
 @dataclass
 class Args:
-    """Flags. A stage's flags are one text; a single one needs an equals sign: --sft-flags=--shard."""
+    """Flags. A stage's flags are one text; a single one needs an equals sign:
+    --sft-flags=--shard."""
 
     out: str = "runs/reproduce"
     """folder of all cells"""
@@ -96,7 +97,7 @@ class Args:
 
 QUICK = {"pretrain": "--steps 100", "probe": "--images 60", "caption_eval": "--limit 60",
          "sft": "--steps 100", "eval": "--limit 60"}
-OWN = {"--out", "--seed", "--resume", "--keep-every", "--patch-loss", "--patch-weight"}    # set here
+OWN = {"--out", "--seed", "--resume", "--keep-every", "--patch-loss", "--patch-weight"}  # set here
 
 
 def flags(args: Args, stage: str) -> list[str]:
@@ -112,7 +113,8 @@ def flags(args: Args, stage: str) -> list[str]:
 def check(args: Args) -> Args:
     """Fill in what depends on other flags; refuse what makes no sense."""
     if unknown := set(args.variants) - set(VARIANTS):
-        raise InputError(f"--variants {' '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
+        raise InputError(f"--variants {' '.join(sorted(unknown))}: choose from"
+                         f" {', '.join(VARIANTS)}")
     runtime.check_lowest(args, seeds=0, keep_every=-1, jobs=0, budget=0)
     given = {f"--{stage.replace('_', '-')}-flags": {f.split("=")[0] for f in flags(args, stage)}
              for stage in QUICK}
@@ -165,8 +167,8 @@ def stages(name: str, seed: int, args: Args) -> list[Stage]:
 
     def point(step, checkpoint, spent=None):
         out = tuned / f"step-{step}"
-        return stage(f"step-{step}", out / "eval.json", "eval.py", checkpoint, "--limit", CURVE_LIMIT,
-                     *flags(args, "eval"), "--out", out, spent=spent)
+        return stage(f"step-{step}", out / "eval.json", "eval.py", checkpoint, "--limit",
+                     CURVE_LIMIT, *flags(args, "eval"), "--out", out, spent=spent)
 
     probe = [*flags(args, "probe"), *["--coverage", "0.25"] * ("--coverage" in own)]   # one for all
     keep = args.keep_every * (name in VARIANTS)
@@ -210,8 +212,8 @@ def check_made_by(stage: Stage, args: Args) -> None:
     """InputError: what is there comes from another command."""
     made, now = record(stage).get("command"), made_by(stage, args)
     if made != now and (made or stage.output.exists()):
-        raise InputError(f"{stage.folder} is from `{made or 'another program'}`, where it would now be"
-                         f" `{now}`: name another --out, or delete that folder")
+        raise InputError(f"{stage.folder} is from `{made or 'another program'}`, where it would now"
+                         f" be `{now}`: name another --out, or delete that folder")
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def check_made_by(stage: Stage, args: Args) -> None:
 
 def start(stage: Stage, args: Args, here: dict, threads: int) -> subprocess.Popen:
     """Begin a stage, or go on with it where it left a resume.pt."""
-    before = record(stage)                  # of one that goes on, all machines and commits, each once
+    before = record(stage)  # of one that goes on, all machines and commits, each once
     both = {key: "; ".join(dict.fromkeys([*filter(None, before.get(key, "").split("; ")), value]))
             for key, value in here.items()}
     record(stage, command=made_by(stage, args), **both)
@@ -248,12 +250,13 @@ def finish(stage: Stage, code: int) -> None:
 def run_all(plan: list[tuple[str, int]], args: Args, until: float) -> bool:
     """Run what has not run, each cell's stages in order -> whether all has run by `until`.
 
-    `args.jobs` cells at a time. InputError: a stage failed. However it ends, no stage is left running.
+    `args.jobs` cells at a time. InputError: a stage failed. However it ends, no stage is left
+    running.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, os.cpu_count() // args.jobs))
     here, running, bar = runtime.machine(), {}, tqdm(desc="stages", smoothing=0)
 
-    def ended(cell):                                            # running: {cell: (stage, process, when)}
+    def ended(cell):  # running: {cell: (stage, process, when)}
         stage, process, began = running.pop(cell)
         code = process.wait()
         seconds = record(stage).get("seconds", 0) + time.time() - began
@@ -263,7 +266,8 @@ def run_all(plan: list[tuple[str, int]], args: Args, until: float) -> bool:
     try:
         while True:
             chains = {cell: stages(*cell, args) for cell in plan}
-            todo = {cell: [s for s in chain if not s.output.exists()] for cell, chain in chains.items()}
+            todo = {cell: [s for s in chain if not s.output.exists()]
+                    for cell, chain in chains.items()}
             for cell, waiting in todo.items():
                 if waiting and cell not in running and len(running) < args.jobs:
                     process = start(waiting[0], args, here, threads)
@@ -290,8 +294,9 @@ def run_all(plan: list[tuple[str, int]], args: Args, until: float) -> bool:
 
 # ---- statistics ----------------------------------------------------------------------------------
 
-T = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788,
-     2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930]    # Student's t, 95%, two-sided, 1 to 19
+# Student's t, 95%, two-sided, for 1 to 19 degrees of freedom
+T = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010,
+     2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930]
 
 
 def mean_interval(values: list[float]) -> dict:
@@ -498,10 +503,11 @@ def report(results: dict) -> str:
         f"- seeds: from 0 on, {results['seeds']} of each variant",
         "- minutes, mean: " + ", ".join(f"{k} {m:.1f}" for k, m in results["minutes"].items()),
         f"- flags of pretrain.py: {flags}", "",
-        "Scores: mean over seeds ± half of its 95% t-interval. Changes are from caption-only: in per"
-        " cent of its mean,", "in brackets the mean paired difference ± half of its 95% interval;"
-        " bold: the interval excludes zero. None is", "corrected for the number of rows. Losses are"
-        " better when lower; a lower entropy is stronger compression.", "", tables(results)]
+        "Scores: mean over seeds ± half of its 95% t-interval. Changes are from caption-only: in"
+        " per cent of its mean,", "in brackets the mean paired difference ± half of its 95%"
+        " interval; bold: the interval excludes zero. None is", "corrected for the number of rows."
+        " Losses are better when lower; a lower entropy is stronger compression.", "",
+        tables(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -524,8 +530,8 @@ def main(args: Args) -> None:
             sys.exit(130)
         if not complete:
             left = sum(not s.output.exists() for cell in plan for s in stages(*cell, args))
-            runtime.log(f"incomplete: {left} stages or more are left when the time is up; to go on, run"
-                        " the same command again")
+            runtime.log(f"incomplete: {left} stages or more are left when the time is up; to go on,"
+                        " run the same command again")
             return
     results = summary(args, plan, command)
     if not results["rows"]:

@@ -1,8 +1,8 @@
 """Stage 2: train the projector and the language model on conversations; loss on the answers only.
 
     torchrun sft.py runs/pretrain/ckpt.pt                    # the toy world; `python` is the same
-    torchrun sft.py runs/pretrain/ckpt.pt --tune lora --merge      # low-rank factors, merged at last
-    torchrun --nproc_per_node 8 sft.py runs/pretrain/ckpt.pt --shard --checkpointing \\
+    torchrun sft.py runs/pretrain/ckpt.pt --tune lora --merge      # low-rank factors, merged at
+    last torchrun --nproc_per_node 8 sft.py runs/pretrain/ckpt.pt --shard --checkpointing \\
              --data llava_v1_5_mix665k.json --image-dir images     # a model that outgrows one GPU
     WORLD_SIZE=8 python sft.py runs/llava-1.5-7b/pretrain/plan.pt \\
              @presets/llava-1.5-7b.sft.txt --dry-run               # what it would take on 8 GPUs
@@ -129,8 +129,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def check(args: Args) -> Args:
     """Fill in what depends on the data; refuse what makes no sense."""
     runtime.check_lowest(
-        args, steps=-1, batch_size=0, micro_batch=0, lr=0, projector_lr=0, val_every=0, save_every=1,
-        keep_every=0, log_every=1, seed=0, max_length=1, lora_rank=1, lora_dropout=0)
+        args, steps=-1, batch_size=0, micro_batch=0, lr=0, projector_lr=0, val_every=0,
+        save_every=1, keep_every=0, log_every=1, seed=0, max_length=1, lora_rank=1, lora_dropout=0)
     if args.lora_dropout >= 1:
         raise InputError(f"--lora-dropout {args.lora_dropout} must be below 1")
     names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules", "merge")
@@ -180,8 +180,8 @@ def check_stage(path: str, *more: str) -> dict:
     """A checkpoint from pretraining, an import, or a stage of `more`. InputError: of another."""
     checkpoint = read_checkpoint(path)
     if checkpoint["stage"] not in ("pretrain", "import", *more):
-        raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from one"
-                         " that torchrun pretrain.py has written, or python -m hf import")
+        raise InputError(f"{path}: a checkpoint of stage {checkpoint['stage']}; sft.py starts from"
+                         " one that torchrun pretrain.py has written, or python -m hf import")
     return checkpoint
 
 
@@ -317,9 +317,9 @@ def main(args: Args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * runtime.cosine(step, steps, int(WARMUP * steps))
 
-        # The loss is a sum, divided by the true count of the global batch. The labels tell the count
-        # before the first forward pass. Nothing that lies on a GPU is read but in logged steps: the
-        # host prepares the next step while the GPU is at this one.
+        # The loss is a sum, divided by the true count of the global batch. The labels tell the
+        # count before the first forward pass. Nothing that lies on a GPU is read but in logged
+        # steps: the host prepares the next step while the GPU is at this one.
         with clock("data"):
             accumulated = [next(batches) for _ in range(0, share, micro)]
         count = sum(int((b["labels"] != IGNORE).sum()) for b in accumulated)

@@ -6,9 +6,9 @@
                                                               detectors.py   open models
     picture.py     what --inspect draws
 
-Each reader has `read(args) -> Source`; args are annotate.py's flags. What is wrong with an image, an
-annotation or a region becomes a line among its problems and costs that alone. A file that cannot be
-read at all is an `InputError`. A JSON file is read whole: about 7 times its size in memory.
+Each reader has `read(args) -> Source`; args are annotate.py's flags. What is wrong with an image,
+an annotation or a region becomes a line among its problems and costs that alone. A file that cannot
+be read at all is an `InputError`. A JSON file is read whole: about 7 times its size in memory.
 """
 import contextlib
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def listed(problems: list[str], where: str):
 
 
 def each(one: Callable[[int, list[str]], list[dict]]) -> Callable:
-    """`convert` of a source that makes the records of one image at a time: one(number, problems)."""
+    """`convert` of a source that makes one image's records at a time: one(number, problems)."""
     def convert(numbers):
         results = []
         for number in numbers:
@@ -68,7 +68,7 @@ def each(one: Callable[[int, list[str]], list[dict]]) -> Callable:
 
 
 def read_lists(path: str, what: str, *names: str) -> dict[str, list]:
-    """The lists with these names of a JSON object. InputError: it has none such; what: the file's."""
+    """A JSON object with the lists of these names. InputError: it has none; what: the file's."""
     value = read_json(path)
     for name in names:
         if not isinstance(value, dict) or not isinstance(value.get(name), list):
@@ -150,7 +150,8 @@ def records_of(name: str, image: str, captions: list[str], regions: list[dict], 
                problems: list[str]) -> list[dict]:
     """The records of an image: one for each of its first `limit` captions (0: all of them).
 
-    Each has all regions. An image without captions is described by its phrases. InputError: neither.
+    Each has all regions. An image without captions is described by its phrases. InputError:
+    neither.
     """
     regions, told = named(regions, f"image {name}", problems), []
     for text in captions:
@@ -165,7 +166,8 @@ def records_of(name: str, image: str, captions: list[str], regions: list[dict], 
         **more} for i, text in enumerate(captions)]
 
 
-REFER = "Please provide the bounding box coordinate of the region this sentence describes: "  # LLaVA's
+# LLaVA-1.5's words
+REFER = "Please provide the bounding box coordinate of the region this sentence describes: "
 
 
 def refer_records(name: str, image: str, regions: list[dict], problems: list[str]) -> list[dict]:

@@ -1,7 +1,7 @@
 """COCO's files: instances, panoptic segments and captions, joined by the images' ids.
 
-Masks are pycocotools' own, pixel for pixel. Of an image that is in both, the panoptic file gives the
-stuff alone, since its things are the instances again.
+Masks are pycocotools' own, pixel for pixel. Of an image that is in both, the panoptic file gives
+the stuff alone, since its things are the instances again.
 """
 from pathlib import Path
 
@@ -29,15 +29,15 @@ OWN = {"instances": "category_id", "panoptic": "segments_info", "captions": "cap
 def ring_edges(ring: list[float], width: int, height: int) -> np.ndarray:
     """Where a polygon's ring switches pixels on and off, along the image's columns, ascending.
 
-    By COCO's rule (rleFrPoly in maskApi.c of cocoapi). The outline is walked on a grid five times as
-    fine, edge by edge. Where it steps from one fine column to the next at the middle of a pixel's
-    column, it switches this column from there down.
+    By COCO's rule (rleFrPoly in maskApi.c of cocoapi). The outline is walked on a grid five times
+    as fine, edge by edge. Where it steps from one fine column to the next at the middle of a
+    pixel's column, it switches this column from there down.
     """
     x, y = (5 * np.float64(ring).reshape(-1, 2).T + 0.5).astype(np.int64)       # towards 0, as in C
     x1, y1 = np.roll(x, -1), np.roll(y, -1)
     dx, dy = np.abs(x1 - x), np.abs(y1 - y)
     steep, steps = dx < dy, np.maximum(dx, dy)
-    back = np.where(steep, y > y1, x > x1)          # walked left to right or down, then turned round
+    back = np.where(steep, y > y1, x > x1)  # walked left to right or down, then turned round
     x, x1 = np.where(back, x1, x), np.where(back, x, x1)
     y, y1 = np.where(back, y1, y), np.where(back, y, y1)
     slope = np.where(steep, x1 - x, y1 - y) / np.maximum(steps, 1)
@@ -131,8 +131,8 @@ def read(args) -> Source:
         lists = ("images", "annotations", "categories")[: 2 if name == "captions" else 3]
         value = read_lists(path, f"COCO's {name} file", *lists)
         if value["annotations"] and OWN[name] not in value["annotations"][0]:
-            raise InputError(f'{path}: its annotations have no "{OWN[name]}"; is this COCO\'s {name}'
-                             " file?")
+            raise InputError(f'{path}: its annotations have no "{OWN[name]}"; is this COCO\'s'
+                             f" {name} file?")
         infos[name] = grouped(path, "images", value["images"], "id", problems)
         annotations[name] = grouped(path, "annotations", value["annotations"], "image_id", problems)
         if name != "captions":
@@ -152,8 +152,8 @@ def read(args) -> Source:
     def phrase(name: str, annotation: dict, where: str) -> str:
         category = categories[name].get(str(annotation.get("category_id")))
         if category is None:
-            raise InputError(f"{where}: category_id {annotation.get('category_id')} is not among the"
-                             " categories")
+            raise InputError(f"{where}: category_id {annotation.get('category_id')} is not among"
+                             " the categories")
         return category_phrase(category["name"])
 
     def one(number: int, problems: list[str]) -> list[dict]:
@@ -177,7 +177,8 @@ def read(args) -> Source:
                         if both and category.get("isthing"):
                             continue
                         if s.get("id") not in rles:
-                            raise InputError(f"{spot}: covers no pixel of {folder / a['file_name']}")
+                            file = folder / a["file_name"]
+                            raise InputError(f"{spot}: covers no pixel of {file}")
                         text = phrase("panoptic", s, spot)
                         regions.append({"phrase": text, "rle": rles[s["id"]]})
         captions = [a.get("caption") or "" for a in annotations.get("captions", {}).get(key, [])]

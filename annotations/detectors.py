@@ -186,7 +186,8 @@ class GroundingDino:
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
             results = self.processor.post_process_grounded_object_detection(
                 outputs, inputs.input_ids, threshold=self.threshold,
-                text_threshold=TEXT_THRESHOLD, target_sizes=[images[i].size[::-1] for i, _ in chunk])
+                text_threshold=TEXT_THRESHOLD,
+                target_sizes=[images[i].size[::-1] for i, _ in chunk])
             for (i, prompt), result in zip(chunk, results):
                 rows = zip(result["scores"].tolist(), result["boxes"].tolist(),
                            result["text_labels"])
@@ -297,8 +298,8 @@ class Annotator:
             known = ("sam2", "sam2_video", "sam3", "sam3_video")
             kind = load(segmenter, "--segmenter", known).model_type[:4]
         if bool(detector) == (kind == "sam3"):
-            raise InputError("--from images needs --detector (with or without a SAM 2 as --segmenter),"
-                             " or a SAM 3 as --segmenter alone")
+            raise InputError("--from images needs --detector (with or without a SAM 2 as"
+                             " --segmenter), or a SAM 3 as --segmenter alone")
         self.florence = self.detector = self.sam2 = self.sam3 = None
         if tagger != "caption" and self.tags_of is None:
             load(tagger, "--tagger (neither caption nor a file)", ("florence2",))

@@ -50,8 +50,8 @@ def read(args) -> Source:
     """The images that --split lists, or all."""
     sentences, boxes = Path(args.data) / "Sentences", Path(args.data) / "Annotations"
     if not args.data or not sentences.is_dir() or not boxes.is_dir():
-        raise InputError(f"--data {args.data!r}: expected Flickr30k Entities' folder of Sentences/ and"
-                         " Annotations/")
+        raise InputError(f"--data {args.data!r}: expected Flickr30k Entities' folder of Sentences/"
+                         " and Annotations/")
     names = sorted(path.stem for path in sentences.glob("*.txt"))
     names = read_text(args.split).split() if args.split else names
     files = {path.stem.split("_")[0]: path.name     # ID.jpg; Flickr8k's are named ID_more.jpg
@@ -81,7 +81,8 @@ def read(args) -> Source:
             for phrase, entity in said:
                 entities_of.setdefault(phrase, {})[entity] = True
             one_each = [(phrase, *own) for phrase, own in entities_of.items() if len(own) == 1]
-            regions = [{"phrase": phrase, "bbox": entities[entity][0]} for phrase, entity in one_each
+            regions = [{"phrase": phrase, "bbox": entities[entity][0]}
+                       for phrase, entity in one_each
                        if entity not in refused and len(entities.get(entity, [])) == 1]
             return refer_records(name, image, regions, problems)
         pairs = dict.fromkeys((phrase, tuple(box)) for phrase, entity in said

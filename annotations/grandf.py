@@ -22,7 +22,8 @@ def read(args) -> Source:
         images = grouped(args.data, "images", value["images"], "id", problems)
         entries = [(key, own[0]) for key, own in images.items()]
     else:
-        entries = [(str(i), item) for i, item in enumerate(value if isinstance(value, list) else [])]
+        items = value if isinstance(value, list) else []
+        entries = [(str(i), item) for i, item in enumerate(items)]
 
     def one(number: int, problems: list[str]) -> list[dict]:
         key, item = entries[number]

@@ -36,8 +36,8 @@ def read(args) -> Source:
             images, captions, files = zip(*((w[4], w[5], w[2]["image"]) for w in waiting))
             made = annotator(list(images), list(captions), list(files))
         except torch.OutOfMemoryError:
-            raise InputError(f"--batch-size {args.batch_size}: out of GPU memory at {waiting[0][3]};"
-                             " lower it and start again") from None
+            raise InputError(f"--batch-size {args.batch_size}: out of GPU memory at"
+                             f" {waiting[0][3]}; lower it and start again") from None
         except torch.AcceleratorError:              # after it the GPU answers nothing more
             raise
         except Exception as error:                  # of the models, on one of these images

@@ -8,7 +8,13 @@ from transformers import AutoConfig
 
 import runtime
 from annotations import image_size, listed
-from backbones.loading import check_encoder, encoder_input, find_model, load_backbone, read_processor
+from backbones.loading import (
+    check_encoder,
+    encoder_input,
+    find_model,
+    load_backbone,
+    read_processor,
+)
 from data import image_path, open_image, read_records
 from labels import content_words, patch_words, region_mask, region_phrase, sides, view_box
 from projector import output_grid
@@ -103,7 +109,8 @@ def look(record: dict, image: Image.Image, args, grid: tuple[int, int],
 
 
 def inspect(args, grid: tuple[int, int], aspect: float) -> bool:
-    """Print the summary of OUT, and write the picture of some of its images, if any has regions (->).
+    """Print the summary of OUT, and write the picture of some of its images, if any has regions
+    (->).
 
     Images, regions and words are counted in all of it, patches in SAMPLE records at even steps.
     """

@@ -1,4 +1,5 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg in REFER's files: refs(...).p and instances.json; COCO's captions."""
+"""RefCOCO, RefCOCO+ and RefCOCOg in REFER's files: refs(...).p and instances.json; COCO's
+captions."""
 import io
 import pickle
 from collections import Counter

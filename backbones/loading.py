@@ -73,8 +73,8 @@ def read_processor(name: str) -> dict:
     try:
         return ImageProcessingMixin.get_image_processor_dict(located(name))[0]
     except OSError:
-        raise InputError(f"--vision {name}: it has no preprocessor_config.json, which gives the mean"
-                         " and deviation of its pixels") from None
+        raise InputError(f"--vision {name}: it has no preprocessor_config.json, which gives the"
+                         " mean and deviation of its pixels") from None
 
 
 def processor_size(settings: dict) -> tuple[int, int] | None:
@@ -109,8 +109,8 @@ def encoder_input(image_size, processor: dict, settings) -> tuple[int | list, tu
         size = sides(image_size)
         if min(size) <= 0 or size[0] % patch[0] or size[1] % patch[1]:
             shown = patch[0] if patch[0] == patch[1] else f"{patch[0]} x {patch[1]}"
-            raise InputError(f"--image-size {image_size} is not a multiple of the encoder's patch size"
-                             f" {shown}")
+            raise InputError(f"--image-size {image_size} is not a multiple of the encoder's patch"
+                             f" size {shown}")
     else:
         own = [rows * side for rows, side in zip(native_grid(settings), patch)]
         size = processor_size(processor) or own
@@ -132,8 +132,8 @@ def patchify(pixels: torch.Tensor, patch_size: tuple[int, int]) -> dict[str, tor
 
 @torch.no_grad()
 def embedding_scale(llm) -> float:
-    """What a language model multiplies its word embeddings by inside their layer (Gemma: the root of
-    D), 1 for most. Patches take their place after that layer."""
+    """What a language model multiplies its word embeddings by inside their layer (Gemma: the root
+    of D), 1 for most. Patches take their place after that layer."""
     embed = llm.get_input_embeddings()
     ids = torch.arange(min(64, embed.weight.shape[0]), device=embed.weight.device)
     rows, out = embed.weight[ids].double(), embed(ids).double()

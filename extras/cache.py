@@ -63,8 +63,8 @@ class FeatureCache(torch.utils.data.Dataset):
                     temporary.write_text(text)              # last: with it the other two are whole
             runtime.barrier()
         except OSError as error:
-            raise InputError(f"--cache-features {folder}: {error.strerror}; {lengths[0] / 1e9:,.3f} GB"
-                             " are needed; name another folder, or leave it out") from None
+            raise InputError(f"--cache-features {folder}: {error.strerror}; {lengths[0] / 1e9:,.3f}"
+                             " GB are needed; name another folder, or leave it out") from None
         shape = max(1, len(names)), row_bytes
         self.Z = np.memmap(path, np.uint8, "r+", shape=shape) if names else None
         self.sizes = np.memmap(there, np.int32, "r+", shape=(shape[0], 2)) if names else None

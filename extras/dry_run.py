@@ -8,15 +8,15 @@ While it runs, three things are watched:
     activations   the storages that autograd keeps for the backward pass, parameters apart
     memory        the bytes of all tensors alive; the peak is the most there ever was
 
-The forms behind it (Kaplan et al. 2020; Hu et al. 2022 for LoRA). Per sample of T tokens, a part with
-N weights in its linear maps and L layers of attention of width A takes F = 2 N T + 4 L A T^2 in the
-forward pass. The encoder takes F; the frozen language model below which the projector is trained, 2
-F; one trained in full, 3 F; recomputed activations, about one F more. The patch loss takes two
-products, 4 n V D for n patches.
+The forms behind it (Kaplan et al. 2020; Hu et al. 2022 for LoRA). Per sample of T tokens, a part
+with N weights in its linear maps and L layers of attention of width A takes F = 2 N T + 4 L A T^2
+in the forward pass. The encoder takes F; the frozen language model below which the projector is
+trained, 2 F; one trained in full, 3 F; recomputed activations, about one F more. The patch loss
+takes two products, 4 n V D for n patches.
 
 What a GPU does otherwise is put in its place: automatic mixed precision, fused attention, the fused
-patch loss's working memory. Not counted: CUDA itself (0.5 to 1 GiB), fragments of the allocator, and
-buffers for messages. Sharding is not run: see `sharded`.
+patch loss's working memory. Not counted: CUDA itself (0.5 to 1 GiB), fragments of the allocator,
+and buffers for messages. Sharding is not run: see `sharded`.
 """
 import contextlib
 import itertools
@@ -57,7 +57,8 @@ class Shapes(TorchFunctionMode):
     """Runs on tensors without numbers what was written for a GPU: LOW in `dtype`, HIGH in float32.
 
     These are torch.autocast's rules, which the meta device lacks; with float32 there are none.
-    copies: of trained weights in `dtype`, which autocast keeps while it is on, {id: (weight, copy)}.
+    copies: of trained weights in `dtype`, which autocast keeps while it is on, {id: (weight,
+    copy)}.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -226,7 +227,8 @@ def count_flops(model, shape: Shape, dtype: torch.dtype,
     def parts():
         counts = counter.get_flop_counts()
         names = {n: f"PatchAlignedModel.{n}" for n in ("encoder", "projector", "llm")}
-        return {n: sum(counts.get(key, {}).values()) for n, key in (names | {"all": "Global"}).items()}
+        names["all"] = "Global"
+        return {n: sum(counts.get(key, {}).values()) for n, key in names.items()}
 
     counter, forward = FlopCounterMode(display=False), {}
     forward_backward(model, shape, dtype, checkpointing, counter, lambda: forward.update(parts()))
@@ -267,8 +269,9 @@ def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, checkpoint
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     state = [t for own in optimizer.state.values() for t in own.values() if t.is_meta]
-    return run | dict(frozen=bytes_of(frozen), trained=bytes_of(trained), gradients=bytes_of(trained),
-                      optimizer=bytes_of(state), pass_peak=pass_peak, update_peak=live.peak)
+    return run | dict(frozen=bytes_of(frozen), trained=bytes_of(trained),
+                      gradients=bytes_of(trained), optimizer=bytes_of(state), pass_peak=pass_peak,
+                      update_peak=live.peak)
 
 
 def sharded(model, shape: Shape, dtype: torch.dtype, world: int,
@@ -316,7 +319,8 @@ def sharded(model, shape: Shape, dtype: torch.dtype, world: int,
 
 
 class Lengths(NamedTuple):
-    """Tokens per sample, patches included: mean, padded to its micro-batch, longest; first answer."""
+    """Tokens per sample, patches included: mean, padded to its micro-batch, longest; first
+    answer."""
     note: str
     mean: float
     padded: float
@@ -338,7 +342,8 @@ def lengths(model, path: str, max_length: int, micro: int) -> Lengths:
     records = read_records(path)
     rows = []
     for i in range(0, len(records), -(-len(records) // SAMPLED)):
-        image, where = records[i].get("image") is not None, f"{path}: record {records[i].get('id', i)}"
+        image = records[i].get("image") is not None
+        where = f"{path}: record {records[i].get('id', i)}"
         _, labels = tokenize(records[i].get("conversations"), model.tokenizer,
                              model.config["prompt"], P * image, max_length, where)
         rows.append((len(labels), next(j for j, t in enumerate(labels) if t >= 0), image))
@@ -360,8 +365,11 @@ def parameters(model) -> list[list]:
     """The table of parameters: all and trained ones, part by part."""
     names = {"encoder": "vision encoder", "projector": f"projector ({model.config['projector']})",
              "llm": "language model"}
-    counted = [[sum(p.numel() for p in getattr(model, name).parameters() if p.requires_grad or every)
-                for every in (True, False)] for name in names]
+    counted = []
+    for name in names:
+        own = list(getattr(model, name).parameters())
+        counted.append([sum(p.numel() for p in own if p.requires_grad or every)
+                        for every in (True, False)])
     rows = [[f"  {label}", f"{every:,}", f"{own:,}"]
             for label, (every, own) in zip(names.values(), counted)]
     W, head = model.word_embeddings, model.llm.get_output_embeddings()
@@ -430,11 +438,11 @@ def report(model, args, data: str, stage: str) -> None:
     tables.append([[f"{name} per GPU", ""], *[[f"  {k}", size / unit] for k, size in lines]])
 
     text = tokens.mean - P * tokens.images
-    runtime.log(f"dry run of {stage}: {model.config['vision']} ({model.config['image_size']} px) and"
-                f" {model.config['llm']}, {low}\nbatch {args.batch_size} = {world} processes x"
+    runtime.log(f"dry run of {stage}: {model.config['vision']} ({model.config['image_size']} px)"
+                f" and {model.config['llm']}, {low}\nbatch {args.batch_size} = {world} processes x"
                 f" {passes} x {micro}{', in shards' * shards}"
-                f"{', activations recomputed' * checkpointing}\ntokens per sample: {P} of the image,"
-                f" text {text:.0f}; padded {tokens.padded:.0f}, longest {tokens.longest}"
+                f"{', activations recomputed' * checkpointing}\ntokens per sample: {P} of the"
+                f" image, text {text:.0f}; padded {tokens.padded:.0f}, longest {tokens.longest}"
                 f" ({tokens.note})")
     for rows in tables:
         runtime.log("\n" + runtime.table(rows))

@@ -63,8 +63,8 @@ def tokens_before_patches(model: PatchAlignedModel) -> int:
     tokens = out.hidden_states[model.config["feature_layer"]].shape[1]
     before = tokens - model.encoder_patches
     if before > 1:
-        raise InputError(f"LLaVA cannot express {model.config['vision']}: {before} class and register"
-                         " tokens stand before its patches; it drops one or none")
+        raise InputError(f"LLaVA cannot express {model.config['vision']}: {before} class and"
+                         " register tokens stand before its patches; it drops one or none")
     return before
 
 
@@ -148,17 +148,18 @@ def to_llava(model: PatchAlignedModel, image_token: int, dtype: torch.dtype) -> 
     after = behaviour(llava, image_token, model.encoder_patches, size)
     problem = f"LLaVA cannot express {config['vision']} and {config['llm']}"
     refuse_unless_equal(before, after, dtype, problem)
-    x = model.llm.get_input_embeddings()(torch.tensor([[3, 5, 7]]))     # a cap hides in small logits
+    x = model.llm.get_input_embeddings()(torch.tensor([[3, 5, 7]]))  # a cap hides in small logits
     plain = llava.lm_head(model.llm.base_model(inputs_embeds=x).last_hidden_state)
     if not torch.equal(model.llm(inputs_embeds=x).logits, plain):
-        raise InputError(f"LLaVA cannot express {config['llm']}: it scales or caps the logits of its"
-                         " output head")
+        raise InputError(f"LLaVA cannot express {config['llm']}: it scales or caps the logits of"
+                         " its output head")
     return llava
 
 
 @contextlib.contextmanager
 def new_folder(out: Path):
-    """A temporary folder beside `out` to fill, renamed to it on success. InputError: it is there."""
+    """A temporary folder beside `out` to fill, renamed to it on success. InputError: it is
+    there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already there; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""LLaVA folders, hub names and mm_projector.bin -> checkpoints; see hf/__init__.py for the table."""
+"""LLaVA folders, hub names and mm_projector.bin -> checkpoints; see hf/__init__.py for the
+table."""
 import contextlib
 import shutil
 import tempfile
@@ -7,7 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+)
 from transformers import LlavaForConditionalGeneration as Llava
 
 import runtime
@@ -29,9 +36,11 @@ def read_config(name: str) -> LlavaConfig:
     if config.model_type != "llava":
         raise InputError(f"{name}: a {config.model_type}, not a LlavaForConditionalGeneration")
     if not isinstance(config.vision_feature_layer, int):
-        raise InputError(f"{name}: vision_feature_layer {config.vision_feature_layer}: here it is one")
+        raise InputError(f"{name}: vision_feature_layer {config.vision_feature_layer}: here it is"
+                         " one")
     if config.projector_hidden_act not in ("gelu", "linear"):
-        raise InputError(f"{name}: projector_hidden_act {config.projector_hidden_act}: here it is gelu")
+        raise InputError(f"{name}: projector_hidden_act {config.projector_hidden_act}: here it is"
+                         " gelu")
     return config
 
 
@@ -56,7 +65,8 @@ def geometry_of(name: str, settings: dict) -> str:
 
 
 def projector_of(name: str, llava: Llava) -> tuple[str, dict[str, torch.Tensor]]:
-    """-> (kind, its tensors as a checkpoint names them). InputError: two linear maps that are not one."""
+    """-> (kind, its tensors as a checkpoint names them). InputError: two linear maps that are not
+    one."""
     projector = llava.model.multi_modal_projector
     maps = [(m.weight.detach().float(),
              torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float())
@@ -65,15 +75,16 @@ def projector_of(name: str, llava: Llava) -> tuple[str, dict[str, torch.Tensor]]
     if llava.config.projector_hidden_act == "linear":
         kind, (weight, bias) = "linear", maps.pop()
         if not torch.equal(weight, torch.eye(len(weight))) or bias.any():
-            raise InputError(f"{name}: two linear maps without an activation between them; here it is"
-                             " one, or two with gelu")
+            raise InputError(f"{name}: two linear maps without an activation between them; here it"
+                             " is one, or two with gelu")
     return kind, {f"projector.{2 * i}.{part}": tensor for i, pair in enumerate(maps)
                   for part, tensor in zip(("weight", "bias"), pair)}
 
 
 @torch.no_grad()
 def split(llava: Llava, words: int, folder: Path) -> None:
-    """Write the backbones as folders vision/ and llm/, with the first `words` rows of the tables."""
+    """Write the backbones as folders vision/ and llm/, with the first `words` rows of the
+    tables."""
     llava.model.vision_tower.save_pretrained(folder / "vision")
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llava.config.text_config)
@@ -97,12 +108,13 @@ def check_tower(name: str, llava: Llava, size: tuple[int, int], patches: int) ->
     strategy = llava.config.vision_feature_select_strategy
     kept = states[llava.config.vision_feature_layer].shape[1] - (strategy == "default")
     if kept != patches:
-        raise InputError(f'{name}: with vision_feature_select_strategy "{strategy}" its projector gets'
-                         f" {kept} rows for {patches} patches; here it gets the patches alone")
+        raise InputError(f'{name}: with vision_feature_select_strategy "{strategy}" its projector'
+                         f" gets {kept} rows for {patches} patches; here it gets the patches alone")
 
 
 def import_folder(name: str, path) -> None:
-    """Folder or hub name -> checkpoint `path`, with the backbones beside it. InputError: a misfit."""
+    """Folder or hub name -> checkpoint `path`, with the backbones beside it. InputError: a
+    misfit."""
     path = Path(path)
     folders = [path.parent / part for part in ("vision", "llm")]
     for file in (path, *folders):
@@ -174,9 +186,10 @@ def projector_checkpoint(path: Path, vision: str, llm: str) -> dict:
         state = {key.partition("mm_projector.")[2]: tensor.float() for key, tensor in found.items()
                  if "mm_projector." in key}
     except Exception:                               # whatever torch raises for another kind of file
-        raise InputError(f"{path}: not a file of tensors such as mm_projector.bin (a pickle that runs"
-                         " code is refused unread)") from None
-    kinds = {"mlp2x_gelu": {"0.weight", "0.bias", "2.weight", "2.bias"}, "linear": {"weight", "bias"}}
+        raise InputError(f"{path}: not a file of tensors such as mm_projector.bin (a pickle that"
+                         " runs code is refused unread)") from None
+    kinds = {"mlp2x_gelu": {"0.weight", "0.bias", "2.weight", "2.bias"},
+             "linear": {"weight", "bias"}}
     kind = next((kind for kind, names in kinds.items() if names == state.keys()), None)
     if kind is None:
         raise InputError(f"{path}: tensors {', '.join(sorted(state)) or 'of no mm_projector'}; a"
@@ -201,8 +214,8 @@ def opened(name: str, vision: str = "", llm: str = ""):
     deleted at the end."""
     projector = name.endswith(".bin") and Path(name).is_file()
     if (vision or llm) and not projector:
-        raise InputError(f"{name}: --vision and --llm are for LLaVA's mm_projector.bin; this names its"
-                         " own backbones")
+        raise InputError(f"{name}: --vision and --llm are for LLaVA's mm_projector.bin; this names"
+                         " its own backbones")
     if not projector and not is_folder(name):
         yield name
         return

@@ -150,8 +150,9 @@ def fast_tokenizer(backend: Tokenizer, like, **options) -> PreTrainedTokenizerFa
 def exported_tokenizer(own, prompt: str, where: str) -> tuple[PreTrainedTokenizerFast, str]:
     """Our tokenizer, of the model that `where` names, for a processor -> (tokenizer, template).
 
-    It knows <image>, and puts in by itself only those special tokens that our prompt has. InputError:
-    one without the rules of the tokenizers library, or no template gives the same tokens.
+    It knows <image>, and puts in by itself only those special tokens that our prompt has.
+    InputError: one without the rules of the tokenizers library, or no template gives the same
+    tokens.
     """
     if getattr(own, "backend_tokenizer", None) is None:
         raise InputError(f"{where}: its {type(own).__name__} has no tokenizer.json, which an export"
@@ -164,7 +165,8 @@ def exported_tokenizer(own, prompt: str, where: str) -> tuple[PreTrainedTokenize
             single=f"{own.bos_token} $A", special_tokens=[(own.bos_token, own.bos_token_id)])
     backend.add_special_tokens([AddedToken(IMAGE_MARKER, normalized=False, special=True)])
     tokenizer = fast_tokenizer(backend, own, pad_token=own.pad_token or own.eos_token,
-                               padding_side="left", model_input_names=["input_ids", "attention_mask"])
+                               padding_side="left",
+                               model_input_names=["input_ids", "attention_mask"])
     earlier, example = "", ""
     for template in candidates(own, prompt):
         wrong = read_otherwise(tokenizer, template, own, prompt)

@@ -5,17 +5,18 @@
     python kernels/bench.py --tiles             # a GPU: the kernels with other tile sizes
     python kernels/bench.py --report            # measures nothing: table and JSON anew
 
-Compared: our implementations; the plain definition, eager and compiled; its chunks with the gradient
-formed in the forward pass, compiled; Liger-Kernel; Cut Cross-Entropy; F.linear_cross_entropy; and as
-a floor two bare torch.mm, the scores and their weighted sum of words, without a loss. On a GPU also a
-pretraining step of LLaVA-1.5-7B's shape. CUDA_VISIBLE_DEVICES= measures a GPU machine's CPU.
+Compared: our implementations; the plain definition, eager and compiled; its chunks with the
+gradient formed in the forward pass, compiled; Liger-Kernel; Cut Cross-Entropy;
+F.linear_cross_entropy; and as a floor two bare torch.mm, the scores and their weighted sum of
+words, without a loss. On a GPU also a pretraining step of LLaVA-1.5-7B's shape.
+CUDA_VISIBLE_DEVICES= measures a GPU machine's CPU.
 
-Time: median of `--repeats` calls, after a fifth as many to warm up, on three sets of random inputs in
-turn, provider after provider; all of it twice, so that the difference shows the noise. On a GPU: CUDA
-events, L2 overwritten before each call. Memory: peak above what was there before the call; on a CPU
-(Linux) resident memory, in a process of its own. Error: relative to float64, with NaN in
-uninitialised memory; if one of ours misses its gate, the exit status is 1. Whatever a provider raises
-is its row; delete its line to have it measured again.
+Time: median of `--repeats` calls, after a fifth as many to warm up, on three sets of random inputs
+in turn, provider after provider; all of it twice, so that the difference shows the noise. On a GPU:
+CUDA events, L2 overwritten before each call. Memory: peak above what was there before the call; on
+a CPU (Linux) resident memory, in a process of its own. Error: relative to float64, with NaN in
+uninitialised memory; if one of ours misses its gate, the exit status is 1. Whatever a provider
+raises is its row; delete its line to have it measured again.
 
 reads:  OUT/rows.jsonl: what is there is not measured again (same device, case, patch_loss.py)
 writes: OUT/rows.jsonl (a line per row, as it comes), OUT/bench.json, OUT/bench.txt (the table)
@@ -451,7 +452,8 @@ def measure_case(case: Case, wanted: list[Provider], repeats: int, write) -> Non
                     row["memory_bytes"] = peak_memory(partial(calls[p], 0))
                 elif case.run != "check":
                     threads = torch.get_num_threads()
-                    row["memory_bytes"] = in_own_process(cpu_memory, case, p.name, p.setting, threads)
+                    row["memory_bytes"] = in_own_process(cpu_memory, case, p.name, p.setting,
+                                                         threads)
         if case.run != "check":
             time_all(calls, rows, repeats)
     except BaseException:                       # a dead GPU, Ctrl-C: only failures are kept as rows
@@ -479,7 +481,8 @@ def measure_tiles(case: Case, repeats: int, write) -> None:
                          for product, own in CANDIDATES.items() for tile in own]
     for pair in pairs:
         setting = " | ".join("x".join(map(str, tile)) for tile in pair)
-        row = dict(case=dataclasses.asdict(case), provider="ours: triton", setting=setting, error=None)
+        row = dict(case=dataclasses.asdict(case), provider="ours: triton", setting=setting,
+                   error=None)
         provider, TILES[key] = Provider("ours: triton", setting, ours("triton"), False), pair
         with noted(row):
             row |= errors(case, provider, inputs, expected)
@@ -612,7 +615,8 @@ def table(rows: list[dict]) -> str:
         for r in own:
             first, again = r.get("time_ms") or [[None] * 3] * 2
             memory, unit_w = r.get("memory_bytes"), r.get("unit_w_bytes")
-            passed = {True: "passed", False: f"FAILED gate {r.get('gate')}"}.get(r.get("passed"), "")
+            passed = {True: "passed", False: f"FAILED gate {r.get('gate')}"}
+            passed = passed.get(r.get("passed"), "")
             share = floor / speed(r) if math.isfinite(floor) and first[0] else None
             error = [f"{e:.1e}" if isinstance(e := r.get(name), float) else e
                      for name in ("loss_error", "grad_error")]
@@ -661,7 +665,8 @@ class Args:
 
 def measure_all(jobs: list, args: Args) -> None:
     """What is not in rows.jsonl yet, job by job, as far as the budget goes."""
-    path, here, repeats = Path(args.out) / "rows.jsonl", machine(), args.repeats or (50 if CUDA else 7)
+    path, here = Path(args.out) / "rows.jsonl", machine()
+    repeats = args.repeats or (50 if CUDA else 7)
     rows, stamp = read_rows(path), {name: here[name] for name in ("device", "patch_loss")}
     known = {key(row) for row in rows if "case" in row}
     with runtime.atomic(path) as temporary:     # rewritten, without half a line at its end
@@ -697,7 +702,7 @@ def measure_all(jobs: list, args: Args) -> None:
 def main(args: Args) -> None:
     """Measure what is missing, then report."""
     shapes = [shape.split("x") for shape in args.shapes.split(",") if shape]
-    if not all(len(shape) == 3 and all(n.isdecimal() and int(n) for n in shape) for shape in shapes):
+    if not all(len(own) == 3 and all(n.isdecimal() and int(n) for n in own) for own in shapes):
         raise InputError(f"--shapes {args.shapes}: expected n x D x V, such as 1152x512x32000,"
                          " several separated by commas")
     runtime.check_lowest(args, budget=0, repeats=0)

@@ -34,8 +34,8 @@ s_ij = ĥ_i · ŵ_j / tau, and then through ĥ = h / |h|, gives
     g_i = (a_i - (a_i · ĥ_i) ĥ_i) / |h_i|                by h_i
 
 The first sum is attention with ĥ_i / tau as query, and the words ŵ as both keys and values. The
-second line removes the part along h_i, since the length of a patch does not change its cosines. That
-needs one number per row, a_i · ĥ_i.
+second line removes the part along h_i, since the length of a patch does not change its cosines.
+That needs one number per row, a_i · ĥ_i.
 
 Gradient in the forward pass. g_i needs the same exp(s_ij) as the loss. The backward pass only
 brings one factor for the whole sum, so g is formed at once and multiplied later. This takes two
@@ -93,8 +93,8 @@ def check_overflow(tau, v, dtype):
     largest = math.log(torch.finfo(dtype).max) - 0.25                    # a margin for rounding
     if 1 / tau + math.log(v) > largest:
         bound = 1 / (largest - math.log(v))
-        raise ValueError(f"tau: {tau:g} is too small, exp(1 / tau) overflows; use tau >= {bound:.4f}"
-                         f" at V = {v}, or impl='reference'")
+        raise ValueError(f"tau: {tau:g} is too small, exp(1 / tau) overflows; use tau >="
+                         f" {bound:.4f} at V = {v}, or impl='reference'")
 
 
 def labelled_rows(weights):
@@ -360,7 +360,8 @@ def gather_kernel(h, order, count, x, x_inverse, h_inverse, first, D, stride_row
 @jit
 def scores_kernel(x, w, e, x_inverse, w_inverse, unit, total_part, q_part, count, first, R, V, D,
                   stride_w, log2_per_cosine, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  GRAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, TF32: tl.constexpr):
+                  GRAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                  TF32: tl.constexpr):
     """Product 1 and its epilogue. Programs take tiles in turn, the rows fastest, so that those at
     work at a time share words; flattened, the two loops let the copy engine fetch for the next tile
     during the epilogue of this one. Whole tiles fit into x (R, multiple of BK), e (R, multiple of
@@ -593,8 +594,8 @@ def check_fused(h, w):
                          " environment; use impl='chunked'")
     for name, dtype in (("h", h.dtype), ("w", w.dtype)):
         if dtype not in FUSED_DTYPES:
-            raise ValueError(f"{name}: impl 'triton' and 'cublas' take bfloat16, float16 and float32,"
-                             f" got {dtype}; use impl='chunked'")
+            raise ValueError(f"{name}: impl 'triton' and 'cublas' take bfloat16, float16 and"
+                             f" float32, got {dtype}; use impl='chunked'")
 
 
 def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
@@ -717,7 +718,8 @@ def check_inputs(h, w, ids, weights):
 
     Ids outside the vocabulary raise too on a CPU. Elsewhere the answer would have to be waited for;
     there they become id 0 with weight NaN, so that no memory is read out of bounds and the loss
-    shows it. """
+    shows it.
+    """
     if h.ndim != 2 or not h.is_floating_point():
         raise ValueError(f"h: expected floating-point (n, D), got {h.dtype} {tuple(h.shape)}")
     if w.ndim != 2 or w.shape[1] != h.shape[1] or len(w) == 0 or not w.is_floating_point():
@@ -755,7 +757,8 @@ def patch_loss(h, w, ids, weights, tau, *, impl=None):
     gradient of zeros. Raises ValueError for wrong shapes, ids outside the vocabulary (on a GPU,
     where looking would mean waiting, they give a loss of NaN instead), an unknown or unavailable
     impl, and a tau too small for float32 (all but "reference"). "triton" and "cublas" never wait
-    for the GPU. """
+    for the GPU.
+    """
     impl = impl or default_impl(h, w)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formats
+import large_json
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,8 +19,6 @@ from pycocotools import mask as coco_mask
 import annotate
 import data
 import eval as scorer
-import formats
-import large_json
 import pretrain
 from data import InputError
 from model import PatchAlignedModel
@@ -478,7 +478,8 @@ def test_two_processes_write_what_one_writes(tmp_path, run):
     assert not list(tmp_path.glob("*rank*"))
 
 
-KILL = """
+KILL =
+"""
 import os, signal, sys
 import annotate, formats, runtime
 name, after = sys.argv[1], int(sys.argv[2])

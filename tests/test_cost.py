@@ -4,13 +4,13 @@ import re
 import shlex
 from pathlib import Path
 
+import cost
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig
 
-import cost
 import data
 import pretrain
 import runtime

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import detect
 import numpy as np
 import pytest
 import tokenizers
@@ -15,7 +16,6 @@ from PIL import Image
 
 import annotate
 import data
-import detect
 from data import InputError
 
 ROOT = Path(annotate.__file__).parent
@@ -285,7 +285,8 @@ def test_what_is_not_an_image_s_fault_ends_the_run(photos, monkeypatch, error, e
         convert(photos / "out.jsonl", "--data", photos / "in.json", "--image-dir", photos / "images", "--batch-size", 4)
 
 
-KILL = """
+KILL =
+"""
 import os, signal, sys
 import annotate, detect, runtime
 real, left = detect.Annotator.__call__, [int(sys.argv.pop(1))]

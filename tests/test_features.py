@@ -8,18 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import features
 import numpy as np
 import pytest
 import torch
+from features import FeatureCache
 from PIL import Image, ImageOps
 
-import features
 import model as module
 import pretrain
 import runtime
 import sft
 from data import InputError, collate
-from features import FeatureCache
 from kernels import patch_loss as kernels
 from model import PatchAlignedModel, read_checkpoint, save_checkpoint
 

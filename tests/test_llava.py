@@ -5,16 +5,26 @@ import pickle
 import subprocess
 import sys
 
+import llava
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # by its module: earlier versions want torchvision else
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,  # by its module: earlier versions want torchvision else
+)
 
 import data
-import llava
 import probe
 import sft
 import toy
@@ -240,7 +250,8 @@ def test_a_scaled_head_is_found_by_its_logits(tmp_path, monkeypatch):
         export(path, tmp_path / "theirs")
 
 
-ALONE = """
+ALONE =
+"""
 import sys
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 folder, picture, question = sys.argv[1:]

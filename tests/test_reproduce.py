@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import results
 from PIL import Image
+from results import Change, lead
 
 import reproduce
-import results
 from data import InputError
 from reproduce import ALIGNED, BASE, COSINE, Args, check, main
-from results import Change, lead
 
 REPOSITORY = Path(reproduce.__file__).parent
 STAND_IN = '''

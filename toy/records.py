@@ -52,7 +52,8 @@ def fits(split: str, scene: Scene) -> bool:
     return split != "distract" or any(distracted(scene, t) for t in scene.things)
 
 
-def record(name: str, suffix: str, turns: list[tuple[str, str]], image: bool = True, **more) -> dict:
+def record(name: str, suffix: str, turns: list[tuple[str, str]], image: bool = True,
+           **more) -> dict:
     """A LLaVA record about the image `name`, with turns of (request, answer)."""
     said = [{"from": who, "value": text} for turn in turns
             for who, text in zip(("human", "gpt"), turn)]
@@ -90,8 +91,8 @@ def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict
     out["_refer"] = refers
     out["_vqa"] = [record(name, f"_{kind}", [(question, answer)], task="vqa", kind=kind,
                           answer=answer) for kind, question, answer in questions(scene, rng)]
-    out["_instruct"] = [record(name, f"_{kind}", turns, task="choice" if kind == "choice" else "vqa",
-                               kind=kind, answer=turns[-1][1])
+    out["_instruct"] = [record(name, f"_{kind}", turns, kind=kind, answer=turns[-1][1],
+                               task="choice" if kind == "choice" else "vqa")
                         for kind, turns in instructions(scene, rng)]
     return out
 
@@ -133,7 +134,8 @@ def clear(folder: Path) -> None:
 
 
 def ensure(folder: Path = DATA) -> Path:
-    """The data folder, built if it is missing or of another version. Others wait for the builder."""
+    """The data folder, built if it is missing or of another version. Others wait for the
+    builder."""
     def built():
         version = folder / "version"
         return version.exists() and version.read_text() == str(VERSION)

@@ -3,7 +3,8 @@
 Three parts, each from fixed seeds and from scratch: a tokenizer, a small CLIP on captions alone (it
 never sees a region; vision.py), and a small Llama on text alone (texts.py).
 
-writes: backbones/toy-llama (tokenizer and language model), backbones/toy-clip (the image half of the
+writes: backbones/toy-llama (tokenizer and language model), backbones/toy-clip (the image half of
+the
         CLIP), both in half precision; backbones/report.json, what they reach on unseen scenes
 """
 import itertools
@@ -104,10 +105,10 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def encode(tokenizer, texts: list[Text]) -> tuple[dict, torch.Tensor, list[list[str]]]:
     """Texts -> the model's inputs, the weight (B, T) of each token's loss, each token's kind.
 
-    The attention mask (B, 1, T, T) shows a turn that stands apart the first part and itself, and its
-    positions go on from there. A random scene cannot be predicted, the answers about it can: its
-    tokens weigh a tenth, those of questions nothing. A caption alone counts as an answer: what it is
-    like is all that the language model learns from it. Kind "": no answer.
+    The attention mask (B, 1, T, T) shows a turn that stands apart the first part and itself, and
+    its positions go on from there. A random scene cannot be predicted, the answers about it can:
+    its tokens weigh a tenth, those of questions nothing. A caption alone counts as an answer: what
+    it is like is all that the language model learns from it. Kind "": no answer.
     """
     parts = [part for text in texts
              for part in (f"<s>{text.first}", *(x for turn in text.turns for x in turn[1:]))]
@@ -214,8 +215,8 @@ def exact_answers(model: LlamaForCausalLM, tokenizer) -> dict[str, float]:
                     continue
                 count[kind] += 1
                 if kind == "grid box":
-                    boxes = [[float(n) for n in re.findall(r"\.\d\d", tokenizer.decode(x[row, span]))]
-                             for x in (said, ids)]
+                    texts = [tokenizer.decode(x[row, span]) for x in (said, ids)]
+                    boxes = [[float(n) for n in re.findall(r"\.\d\d", text)] for text in texts]
                     right[kind] += len(boxes[0]) == 4 and overlap(*boxes) >= 0.5
                 else:
                     right[kind] += bool((said[row, span] == ids[row, span]).all())
