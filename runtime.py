@@ -61,6 +61,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
 
+    def _format_args(self, action, default_metavar) -> str:
+        return action.metavar or action.dest             # without [NAME ...]
+
 
 def parse(cls, doc: str, argv: list[str] | None = None):
     """Command line -> instance of the dataclass `cls`: a flag per field, its docstring the help.
@@ -91,7 +94,8 @@ def parse(cls, doc: str, argv: list[str] | None = None):
             groups[title].add_argument(f.name, help=text, **many)
             continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        shown = f" [{default}]" if default not in ("", [], False) else ""
+        shown = " ".join(default) if kind == list[str] else default
+        shown = f" [{shown}]" if shown not in ("", False) else ""
         named = f"{' | '.join(filter(None, choices))}; " if choices else ""
         text = f"{named}{text}{shown}".replace("%", "%%")
         options = dict(default=default, help=text, dest=f.name)
@@ -99,7 +103,7 @@ def parse(cls, doc: str, argv: list[str] | None = None):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= many or dict(type=kind, choices=choices)
-            options["metavar"] = {int: "N", float: "X"}.get(kind, "NAME")
+            options["metavar"] = {int: "N", float: "X", str: "NAME"}.get(kind, "NAMES")
         flag = "--" + f.name.rstrip("_").replace("_", "-")     # from_, since from is Python's
         groups[title].add_argument(flag, **options)
     groups[title].add_argument("-h", "--help", action="help", help="show this and exit")

@@ -355,9 +355,10 @@ def main(args: Args) -> None:
             metrics.write(done, **result)
             runtime.log(f"step {done}: {runtime.shown(result)}")
         if done % args.save_every == 0 or done == steps:
+            trained = model.trained_state()                     # first: it splits FSDP's root again
             whole = get_optimizer_state_dict(model, optimizer, options=WHOLE)
             runtime.save_resume(out / "resume.pt", args, done, config=model.config,
-                                model=model.trained_state(), optimizer=whole)
+                                model=trained, optimizer=whole)
         if args.keep_every and done % args.keep_every == 0 and done < steps:
             save(out / f"ckpt-{done}.pt", model, dict(steps=done), dtype)
 

@@ -1,8 +1,9 @@
 """What all tests share: no network, NaN in uninitialised memory, a very small toy world."""
+
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"          # a missing model is an error, not a download
-os.environ["OMP_NUM_THREADS"] = "1"         # so that `run` and `here` give equal numbers
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is an error, not a download
+os.environ["OMP_NUM_THREADS"] = "1"  # so that `run` and `here` give equal numbers
 
 import contextlib
 import importlib
@@ -21,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"train": 48, "val": 6, "test": 6, "hard": 4, "distract": 4}
 
 torch.set_num_threads(1)
-with torch.device("meta"):          # torch notes once which functions make tensors: the true ones,
-    torch.empty(0)                  # not those that poisoned_memory puts in their places
+with torch.device("meta"):  # torch notes once which functions make tensors: the true ones,
+    torch.empty(0)  # not those that poisoned_memory puts in their places
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +59,20 @@ def run():
 
     A name without .py is a package (python -m); processes > 1 go through torchrun.
     """
+
     def run(script, *arguments, processes=0, cwd=ROOT):
-        launcher = [sys.executable] if not processes else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-            str(processes)]
+        launcher = (
+            [sys.executable]
+            if not processes
+            else [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(processes),
+            ]
+        )
         target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
         environment = dict(os.environ, COLUMNS="200", PYTHONPATH=str(ROOT))
         command = [*launcher, *target, *map(str, arguments)]
@@ -73,6 +84,7 @@ def run():
 @pytest.fixture(scope="session")
 def here():
     """The same in this process, without seconds of imports: here("pretrain.py", "--steps", 3)."""
+
     def here(script, *arguments):
         stage = script.endswith(".py")
         name = script.removesuffix(".py") if stage else f"{script}.__main__"

@@ -277,8 +277,7 @@ TEMPLATES = {  # in the manner of each family: template, the token that ends an 
         "</s>",
     ),
     "qwen 3": (
-        LOOP[0]
-        + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+        LOOP[0] + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
         "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n" + LOOP[1],
         "<|im_end|>",
     ),
@@ -407,24 +406,24 @@ def test_projectors_keep_places(kind, grid, pooled):
 
 
 @pytest.mark.parametrize("kind", ["pixel_shuffle", "c_abstractor"])
-def test_a_pooling_projector_from_flag_to_probe(kind, run, world, tmp_path):
+def test_a_pooling_projector_from_flag_to_probe(kind, here, world, tmp_path):
     """16 labelled patches in place of 64, on a checkpoint that needs no flag; text-only batches go
     through as well."""
-    done = run(
+    done = here(
         "pretrain.py",
         "--data",
         world / "train.jsonl",
         "--projector",
         kind,
         "--steps",
-        2,
+        1,
         "--batch-size",
         4,
         "--out",
         tmp_path,
     )
     assert done.returncode == 0 and "4 x 4 patches" in done.stdout + done.stderr, done.stderr
-    done = run("probe.py", tmp_path / "ckpt.pt", "--data", world / "test.jsonl")
+    done = here("probe.py", tmp_path / "ckpt.pt", "--data", world / "test.jsonl")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "probe.json").read_text())["patches"] == 6 * 16
     model, _ = module.load_checkpoint(tmp_path / "ckpt.pt")

@@ -79,7 +79,7 @@ def test_help_is_a_page_of_groups(stage):
     assert stopped.value.code == 0
     groups = text.getvalue().split("\nmain:\n")[1].split("@FILE")[0].split("\n\n")
     assert len(groups[0].splitlines()) <= 8
-    for group in groups:
+    for group in filter(str.strip, groups):
         lines = [line for line in group.splitlines() if line and not line.endswith(":")]
         wrapped = [line for line in lines if not line.startswith("  -") and line[2:3] == " "]
         assert not wrapped, "a flag's help goes over its line"

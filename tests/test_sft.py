@@ -104,6 +104,8 @@ def straight(request, here, flags, tmp_path_factory):
 )
 def test_two_processes_give_what_one_gives(run, flags, straight, how, tmp_path):
     tune, out, _ = straight
+    if tune == "lora" and "--shard" not in how:
+        pytest.skip("replicated, LoRA's gradients are summed by the same line")
     said = finished(run("sft.py", *flags, *TUNE[tune], *how, "--out", tmp_path, processes=2))
     assert "2 processes" in said and ("in shards" in said) == ("--shard" in how)
     assert_same(out, tmp_path, 2e-5)

@@ -139,7 +139,7 @@ def train_vision(tokenizer) -> dict:
     optimise(model, loss_of_step, BUDGET["vision"], 1e-3, "vision")
 
     model.eval()
-    pixels, scenes, owners = draw(TEST_SEED, 768, alone=0)
+    pixels, scenes, owners = draw(TEST_SEED, BUDGET["unseen images"], alone=0)
     with torch.no_grad():
         image, Z = model.see(pixels)
         ids = own_and_near(scenes[:256], [(0, i) for i in range(256)])
