@@ -54,7 +54,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """--help with one line per flag."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28, width=110)
+        super().__init__(prog, max_help_position=30, width=112)
 
     def _format_action_invocation(self, action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):

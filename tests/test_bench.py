@@ -1,20 +1,21 @@
-"""The benchmark on a CPU and a tiny shape: a row for everyone, failures included, resuming, the peers' correction, the training step. And
-what gpu.py does around the stages that need a GPU."""
+"""The benchmark on a CPU and a tiny shape: a row for everyone, failures included, resuming, the
+peers' correction, the training step."""
+
 import json
 import math
-import subprocess
-import time
 from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from data import InputError
-from kernels import bench, gpu, measure
-from kernels.patch_loss import IMPLEMENTATIONS
+from kernels import bench
+from kernels.patch_loss import IMPLEMENTATIONS, TILES
+from runtime import InputError
 
-pytestmark = pytest.mark.skipif(bench.CUDA, reason="a GPU has other cases; there the benchmark itself is the test")
+pytestmark = pytest.mark.skipif(
+    bench.CUDA, reason="a GPU has other cases; there the benchmark itself is the test"
+)
 SHAPE, CASE = "37x24x101", bench.Case(37, 24, 101)
 
 
@@ -25,34 +26,50 @@ def in_this_process(monkeypatch):
 
 
 def rows(out):
-    return [row for row in measure.read_rows(out / "rows.jsonl") if "case" in row]
+    return [row for row in bench.read_rows(out / "rows.jsonl") if "case" in row]
 
 
-def test_everyone_has_a_row_and_a_second_call_measures_what_is_missing(tmp_path, in_this_process, monkeypatch):
+def test_everyone_has_a_row_and_a_second_call_measures_what_is_missing(
+    tmp_path, in_this_process, monkeypatch
+):
     args = bench.Args(out=str(tmp_path), shapes=SHAPE, repeats=2)
     bench.main(args)
     first = rows(tmp_path)
     timed = {row["provider"]: row for row in first if row["case"]["run"] == bench.BOTH}
     peers = {"naive", "liger-kernel", "cut-cross-entropy", "F.linear_cross_entropy", "torch.mm"}
-    assert set(timed) == peers | {f"ours: {impl}" for impl in bench.ANYWHERE} and set(bench.ANYWHERE) <= IMPLEMENTATIONS.keys()
+    assert (
+        set(timed) == peers | {f"ours: {impl}" for impl in bench.ANYWHERE}
+        and set(bench.ANYWHERE) <= IMPLEMENTATIONS.keys()
+    )
     for name, row in timed.items():
         if name in ("liger-kernel", "cut-cross-entropy"):
             assert row["error"] == "RuntimeError: needs a GPU" and "time_ms" not in row
         elif name != "F.linear_cross_entropy" or hasattr(F, "linear_cross_entropy"):
             assert row["error"] is None and row["memory_bytes"] >= 0
-            assert len(row["time_ms"]) == 2 and all(0 < low <= middle <= high for middle, low, high in row["time_ms"])
+            assert len(row["time_ms"]) == 2 and all(
+                0 < low <= middle <= high for middle, low, high in row["time_ms"]
+            )
             assert name == "torch.mm" or row["loss_error"] < 1e-6 and row["grad_error"] < 1e-5
-    assert {row["case"]["edge"] for row in first} == {"", "nothing labelled", "duplicate targets", "zero-norm word"}
+    assert {row["case"]["edge"] for row in first} == {
+        "",
+        "nothing labelled",
+        "duplicate targets",
+        "zero-norm word",
+    }
     assert all(row["passed"] for row in first if row["provider"].startswith("ours"))
-    assert {f.name for f in tmp_path.iterdir()} == {"rows.jsonl", "bench.json", "bench.txt", "bench.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {"rows.jsonl", "bench.json", "bench.txt"}
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == len(first)
     assert "FAILED" not in (tmp_path / "bench.txt").read_text()
 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    lost = json.loads(lines[3])                                          # the row of one provider, and half of the last line
+    lost = json.loads(lines[3])  # the row of one provider, and half of the last line
     (tmp_path / "rows.jsonl").write_text("".join(lines[:3] + lines[4:-1]) + lines[-1][:20])
     measured = []
-    monkeypatch.setattr(bench, "measure_case", lambda case, wanted, repeats, write: measured.extend((case.run, p.name) for p in wanted))
+    monkeypatch.setattr(
+        bench,
+        "measure_case",
+        lambda case, wanted, repeats, write: measured.extend((case.run, p.name) for p in wanted),
+    )
     bench.main(args)
     last = json.loads(lines[-1])
     assert measured == [(row["case"]["run"], row["provider"]) for row in (lost, last)]
@@ -65,28 +82,38 @@ def test_whoever_raises_is_a_row_with_the_error_and_the_others_go_on(tmp_path, m
     everyone = {p.name: p for p in bench.providers(CASE)}
     wanted = [bench.Provider("broken", "", refuse), everyone["ours: chunked"], everyone["torch.mm"]]
     measured = []
-    bench.measure_case(CASE, wanted, 1, measured.append)                 # memory in a process of its own, for once
+    bench.measure_case(CASE, wanted, 1, measured.append)  # memory in a process of its own, for once
     broken, ours, floor = measured
     assert broken["error"] == "RuntimeError: no such kernel" and "time_ms" not in broken
-    assert ours["error"] is None and ours["passed"] and ours["memory_bytes"] > 0 and len(ours["time_ms"]) == 2
-    assert "no such kernel" in measure.table([dict(row, device="here") for row in measured])
+    assert (
+        ours["error"] is None
+        and ours["passed"]
+        and ours["memory_bytes"] > 0
+        and len(ours["time_ms"]) == 2
+    )
+    assert "no such kernel" in bench.table([dict(row, device="here") for row in measured])
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("fault", [1e-4, math.nan, "unwritten"])
 def test_a_wrong_implementation_misses_its_gate(tmp_path, in_this_process, monkeypatch, fault):
     def wrong(i):
-        error = i.w.new_empty(1).isnan().sum() if fault == "unwritten" else fault            # right, unless what nobody wrote is NaN
+        error = (
+            i.w.new_empty(1).isnan().sum() if fault == "unwritten" else fault
+        )  # right, unless what nobody wrote is NaN
         return bench.ours("reference")(i) * (1 + error)
 
     monkeypatch.setattr(bench, "providers", lambda case: [bench.Provider("ours: wrong", "", wrong)])
     with pytest.raises(SystemExit) as stopped:
         bench.main(bench.Args(out=str(tmp_path), shapes=SHAPE, repeats=1))
-    assert stopped.value.code == 1 and {row["case"]["edge"] for row in rows(tmp_path) if row["passed"]} <= {"nothing labelled"}
+    assert stopped.value.code == 1 and {
+        row["case"]["edge"] for row in rows(tmp_path) if row["passed"]
+    } <= {"nothing labelled"}
 
 
 def irregular():
-    """Float64 inputs with padding in the first column, unlabelled rows, repeated targets and shares that do not add up to 1."""
+    """Float64 inputs with padding in the first column, unlabelled rows, repeated targets and shares
+    that do not add up to 1."""
     i = bench.make_inputs(bench.Case(37, 24, 101, k=5, h="float64", w="float64"), 0)
     weights = torch.rand(37, 5, dtype=torch.float64)
     weights[::3, 0] = weights[::4, 2] = weights[1] = weights[36] = 0
@@ -94,134 +121,85 @@ def irregular():
     return i._replace(weights=weights)
 
 
-@pytest.mark.parametrize("form", ["single target", "F.linear_cross_entropy", "definition", "chunked"])
+@pytest.mark.parametrize(
+    "form", ["single target", "F.linear_cross_entropy", "definition", "chunked"]
+)
 @pytest.mark.parametrize("compact", [False, True])
 def test_every_form_of_the_loss_is_the_float64_reference(form, compact):
     if form == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("needs torch 2.13")
-    loss = {"single target": bench.single_target(lambda x, w_hat, targets: F.cross_entropy(x @ w_hat.T, targets)),
-            "F.linear_cross_entropy": bench.single_target(partial(bench.torch_chunked, rows=8)),
-            "definition": bench.plain(bench.definition), "chunked": bench.plain(partial(bench.chunked, rows=8))}[form]
+    loss = {
+        "single target": bench.single_target(
+            lambda x, w_hat, targets: F.cross_entropy(x @ w_hat.T, targets)
+        ),
+        "F.linear_cross_entropy": bench.single_target(partial(bench.torch_chunked, rows=8)),
+        "definition": bench.plain(bench.definition),
+        "chunked": bench.plain(partial(bench.chunked, rows=8)),
+    }[form]
     inputs = irregular()
     value, gradient = bench.truth(inputs)
     got = bench.step(bench.compacted(loss) if compact else loss, inputs, True)
-    assert (got - value).abs() < 1e-6 * value                            # w_hat went through float32
+    assert (got - value).abs() < 1e-6 * value  # w_hat went through float32
     assert (inputs.h.grad - gradient).norm() < 1e-6 * gradient.norm()
     assert (bench.step(loss, inputs, False) - value).abs() < 1e-6 * value and inputs.h.grad is None
 
 
 def test_training_step(monkeypatch):
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    llm = dict(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    monkeypatch.setitem(bench.SIZES, "tiny", (vision, llm, (2,), 5))
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    llm = dict(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    monkeypatch.setattr(bench, "MICRO", (2,))
+    monkeypatch.setattr(bench, "TOKENS", 5)
     measured = []
-    bench.measure_step("tiny", 1, measured.append)
+    bench.measure_step(1, measured.append, vision, llm)
     assert [row["provider"] for row in measured] == list(bench.VARIANTS)
-    assert all(row["error"] is None and len(row["time_ms"]) == 2 and row["tokens"] == 20 for row in measured)
+    assert all(
+        row["error"] is None and len(row["time_ms"]) == 2 and row["tokens"] == 20
+        for row in measured
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (dict(shapes="5x0x7"), "--shapes 5x0x7"), (dict(repeats=-1), "negative"),
-    (dict(full=True), "GPU"), (dict(report=True), "no measurements")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(shapes="5x0x7"), "--shapes 5x0x7"),
+        (dict(repeats=-1), "less than 0"),
+        (dict(tiles=True), "GPU"),
+        (dict(report=True), "no measurements"),
+    ],
+)
 def test_bad_flags_are_named(tmp_path, flags, words):
     with pytest.raises(InputError, match=words):
         bench.main(bench.Args(out=str(tmp_path), **flags))
 
 
 def test_from_a_shell(run, tmp_path):
-    """Started as a script, from elsewhere: the project's modules are found, and a bad flag costs one line."""
+    """Started as a script, from elsewhere: the project's modules are found, and a bad flag costs
+    one line."""
     done = run("kernels/bench.py", "--out", tmp_path, "--shapes", "5x7", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: --shapes 5x7: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: --shapes 5x7: ")
+        and len(done.stderr.splitlines()) == 1
+    ), done.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------------- gpu.py
-
-HERE = dict(device="a card", patch_loss="abc")
-
-
-def test_stages_share_the_time_failures_are_rows_and_a_second_call_goes_on(tmp_path):
-    called = []
-    outcomes = {"raises": [ValueError("no such kernel\nmore")], "stops early": [dict(again=True), dict(error="2 failed")], "ends": [{}]}
-
-    def stage(out, seconds, name):
-        called.append((name, round(seconds)))
-        if isinstance(outcome := outcomes[name].pop(0), Exception):
-            raise outcome
-        return outcome
-
-    def run(seconds):
-        return gpu.run_stages(stages, gpu.Log(tmp_path, HERE), tmp_path, time.time() + seconds)
-
-    stages = {name: (stage, share, name) for name, share in zip(outcomes, (0.4, 0.5, 1.0))}
-    assert run(1000.1) == ["stops early"]
-    assert called == [("raises", 400), ("stops early", 500), ("ends", 1000)]
-    assert run(gpu.LEAST - 1) == ["stops early"] and len(called) == 3
-    assert run(1000.1) == [] == run(1000.1) and called[3:] == [("stops early", 500)]
-    rows = gpu.Log(tmp_path, HERE).rows()
-    assert [row["error"] for row in rows.values()] == ["ValueError: no such kernel", "2 failed", None]
-    assert gpu.Log(tmp_path, HERE | dict(patch_loss="other")).rows() == {}
-
-
-def test_what_hung_is_not_tried_again(tmp_path):
-    def killed():
-        raise KeyboardInterrupt
-
-    log, called = gpu.Log(tmp_path, HERE), []
-    with pytest.raises(KeyboardInterrupt):
-        log.attempt("tiles", "hangs", killed, mark=True)
-    for name in ("hangs", "ends", "ends"):
-        log.attempt("tiles", name, lambda name=name: called.append(name) or {}, mark=True)
-    assert called == ["ends"] and [row["error"] for row in log.rows().values()] == ["it hung, or ended its process", None]
-
-
-def test_a_program_is_ended_in_time_and_its_last_line_is_kept(tmp_path):
-    (tmp_path / "test_x.py").write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
-    row = gpu.run_pytest(tmp_path, 300, "--rootdir", str(tmp_path), str(tmp_path / "test_x.py"))
-    assert row["error"] == "exit status 1" and "1 failed, 1 passed" in row["said"] and not row["again"]
-    assert "assert 1 == 2" in (tmp_path / "tests.txt").read_text()
-
-    began = time.time()
-    text, row = gpu.command("sh", "-c", "sleep 60 & echo $!; wait", seconds=3)
-    assert time.time() - began < 30 and row == dict(error="did not end in 3 s", said=text.strip(), again=True)
-    time.sleep(1)
-    state = subprocess.run(["ps", "-o", "stat=", "-p", text.strip()], capture_output=True, text=True).stdout
-    assert state[:1] in ("", "Z")                                        # what it had started has ended too, whoever reaps it
-
-
-def test_summary_ranks_the_tiles_and_says_what_failed_and_what_is_missing(tmp_path):
-    log = gpu.Log(tmp_path, HERE)
-    log.write("tests", "", error="exit status 1", said="1 failed")
-    tile = dict(tile=gpu.Tile(16, 32, 16, 1, 1), case="n 8", product=1, rows=16, registers=99, spills=0, shared=1024, grad_error=1e-3)
-    for name, ms in (("slow, shipped", 2.0), ("fast", 1.0), ("wrong", 1.5)):
-        times = {each: [[ms, ms, ms]] * 2 for each in ("product", "torch.mm", "call")}
-        log.write("tiles", name, **tile, tflops=100 / ms, passed=name != "wrong", ms=times, error=None)
-    log.write("tiles", "large", error="OutOfResources: shared memory")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(
-        device="a card", case=dict(n=8), provider=name, setting="", time_ms=[[ms, ms, ms]] * 2)) + "\n"
-        for name, ms in (("ours: triton", 3.25), ("ours: cublas", 3.5), ("naive", 9.0))))
-    assert gpu.summary(log, tmp_path, HERE, ["bench"]) == ["tests"]
-    text = (tmp_path / "gpu.txt").read_text()
-    assert [line.split()[-1] for line in text.splitlines() if line.startswith("16, 32")] == ["1.0e-03", "WRONG", "shipped"]
-    assert "tests: exit status 1; 1 failed" in text and "large: OutOfResources" in text and "not finished: bench" in text
-    assert "n 8 3.250 3.500 -" in " ".join(text.split())
-    log.write("tiles", "slow, shipped", error="OutOfResources: shared memory")
-    assert gpu.summary(log, tmp_path, HERE, []) == ["tests", "tiles slow, shipped"]
-
-
-def test_counters_are_read_from_what_ncu_prints():
-    text = """==PROF== Connected to process 7
-"ID","Kernel Name","Device","gpu__time_duration.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed","sm__other"
-"","","","ns","%","%"
-"0","scores_kernel","0","512,345","71.5","3"
-"1","gradient_kernel","0","498,001","80.25","4"
-==PROF== Disconnected"""
-    tensor = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
-    assert gpu.ncu_launches(text) == [{"kernel": "scores_kernel", "duration": "512,345 ns", tensor: "71.5 %"},
-                                      {"kernel": "gradient_kernel", "duration": "498,001 ns", tensor: "80.25 %"}]
-    assert gpu.ncu_launches("==ERROR== no permission") == []
-
-
-def test_without_a_gpu_one_line_says_so(run, tmp_path):
-    done = run("kernels/gpu.py", "--out", tmp_path / "out", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: no GPU") and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not (tmp_path / "out").exists()
+def test_tiles_that_fail_are_rows_and_the_shipped_ones_stay(monkeypatch):
+    """On a GPU alone it measures; here every tile is refused, and said to be."""
+    monkeypatch.setattr(bench, "CANDIDATES", {0: [TILES["sm_80", torch.float32][0]], 1: []})
+    shipped, measured = dict(TILES), []
+    bench.measure_tiles(CASE, 1, measured.append)
+    assert len(measured) == 2 and all("need a GPU" in row["error"] for row in measured)
+    assert TILES == shipped and len({row["setting"] for row in measured}) == 2

@@ -1,4 +1,5 @@
-"""The patch loss against float64, in ragged chunks and tiles: no size below is a multiple of a chunk, a tile, or another size."""
+"""The patch loss against float64, in ragged chunks and tiles: no size below is a multiple of a
+chunk, a tile, or another size."""
 
 import math
 import subprocess
@@ -23,29 +24,40 @@ TAU = 0.07
 def small_poisoned_blocks(monkeypatch):
     """A budget of 16 kB, and buffers that start as NaN."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan)
+    )
     monkeypatch.setattr(module, "SCRATCH_BYTES", 16384)
-    assert module.block_sizes(D, V, 4) == (12, 27)                       # 49 labelled rows in 5 chunks, 211 words in 8 tiles
-    assert module.block_sizes(D, V, 8) == (6, 13)                        # 9 chunks, 17 tiles; the last of each is short
+    assert module.block_sizes(D, V, 4) == (
+        12,
+        27,
+    )  # 49 labelled rows in 5 chunks, 211 words in 8 tiles
+    assert module.block_sizes(D, V, 8) == (6, 13)  # 9 chunks, 17 tiles; the last of each is short
 
 
 def problem(k=5, seed=0, dtype=torch.float64, n=N, d=D, v=V):
-    """h, w, ids, weights with every irregularity: unlabelled rows, padding, repeated tokens, a zero word, lengths from 1e-3 to 1e3."""
+    """h, w, ids, weights with every irregularity: unlabelled rows, padding, repeated tokens, a zero
+    word, lengths from 1e-3 to 1e3."""
     torch.manual_seed(seed)
-    h = torch.randn(n, d, dtype=torch.float64) * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None]
+    h = (
+        torch.randn(n, d, dtype=torch.float64)
+        * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None]
+    )
     w = torch.randn(v, d, dtype=torch.float64) * 0.02 + 0.01
     w[17] = 0
-    h[:20] += 60 * h[:20].norm(dim=1, keepdim=True) * w[1:21]            # some patches are near words, as after training
+    h[:20] += (
+        60 * h[:20].norm(dim=1, keepdim=True) * w[1:21]
+    )  # some patches are near words, as after training
     ids = torch.randint(v, (n, k))
     weights = torch.rand(n, k, dtype=torch.float64)
-    ids[3, -1] = ids[3, 0]                                               # a repeated token
-    ids[5, 0] = 17                                                       # the zero word as a target
+    ids[3, -1] = ids[3, 0]  # a repeated token
+    ids[5, 0] = 17  # the zero word as a target
     if k > 1:
         weights[::4, 1] = 0
-        ids[::4, 1] = -100                                               # padding may hold anything
+        ids[::4, 1] = -100  # padding may hold anything
     weights /= weights.sum(dim=1, keepdim=True)
-    weights[[0, 7, 8, n - 1]] = 0                                        # unlabelled
-    weights[9] *= 1.7                                                    # a row need not sum to 1
+    weights[[0, 7, 8, n - 1]] = 0  # unlabelled
+    weights[9] *= 1.7  # a row need not sum to 1
     return h.to(dtype), w.to(dtype), ids, weights
 
 
@@ -65,7 +77,8 @@ def error(got, want):
 
 
 def by_definition(h, w, ids, weights, tau):
-    """Written from the definition with a dense Y and no shared code, for one labelled row after another."""
+    """Written from the definition with a dense Y and no shared code, for one labelled row after
+    another."""
     total = 0.0
     for x, tokens, shares in zip(h, ids, weights):
         if shares.any():
@@ -94,7 +107,9 @@ def test_reference_is_the_definition_and_its_derived_gradient_is_autograds():
 @pytest.mark.parametrize("tau", [1.0, 0.07, 0.0131])
 def test_chunked_is_the_reference(dtype, tolerance, k, tau):
     h, w, ids, weights = problem(k, dtype=dtype)
-    true_loss, true_labelled, true_grad = with_grad(h.double(), w.double(), ids, weights, tau, impl="reference")
+    true_loss, true_labelled, true_grad = with_grad(
+        h.double(), w.double(), ids, weights, tau, impl="reference"
+    )
     loss, labelled, grad = with_grad(h, w, ids, weights, tau)
     assert loss.dtype == grad.dtype == dtype and loss.ndim == 0 and labelled == true_labelled
     assert error(loss, true_loss) < tolerance / 10
@@ -105,25 +120,30 @@ def test_chunked_is_the_reference(dtype, tolerance, k, tau):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_better_than_the_naive_version(dtype):
     h, w, ids, weights = problem()
-    h = F.normalize(h) * 3                                               # float16 has no room for six orders of magnitude
+    h = F.normalize(h) * 3  # float16 has no room for six orders of magnitude
     h, w = h.to(dtype), w.to(dtype)
     true_loss, _, true_grad = with_grad(h.double(), w.double(), ids, weights, TAU, impl="reference")
     loss, _, grad = with_grad(h, w, ids, weights, TAU)
 
     x = h.clone().requires_grad_()
-    scores = F.normalize(x) @ F.normalize(w).T / TAU                     # everything in low precision
-    naive = (weights.any(1) * (scores.float().logsumexp(1) - (weights * scores.gather(1, ids.clamp_min(0))).sum(1))).sum()
+    scores = F.normalize(x) @ F.normalize(w).T / TAU  # everything in low precision
+    naive = (
+        weights.any(1)
+        * (scores.float().logsumexp(1) - (weights * scores.gather(1, ids.clamp_min(0))).sum(1))
+    ).sum()
     naive.backward()
 
     assert loss.dtype == torch.float32 and grad.dtype == dtype
     assert error(loss, true_loss) < min(1e-6, error(naive.detach(), true_loss))
-    assert error(grad, true_grad) < min(torch.finfo(dtype).eps / 2, error(x.grad, true_grad) / 2)    # only the last rounding is left
+    assert error(grad, true_grad) < min(
+        torch.finfo(dtype).eps / 2, error(x.grad, true_grad) / 2
+    )  # only the last rounding is left
 
 
 def test_unlabelled_rows_cost_nothing_and_no_gradient_costs_half():
     h, w, ids, weights = problem(dtype=torch.float32)
     unlabelled = ~weights.any(dim=1)
-    h[unlabelled] = math.nan                                             # whoever reads these shows it
+    h[unlabelled] = math.nan  # whoever reads these shows it
     h.requires_grad_()
     product = 2 * (N - 4) * D * V
     inplace = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
@@ -140,14 +160,18 @@ def test_unlabelled_rows_cost_nothing_and_no_gradient_costs_half():
     with torch.no_grad():
         without, flops = count(lambda: patch_loss(h, w, ids, weights, TAU)[0])
     assert flops == product and without == loss and not without.requires_grad
-    assert not patch_loss(h.detach(), w.clone().requires_grad_(), ids, weights, TAU)[0].requires_grad    # w is a constant
+    assert not patch_loss(h.detach(), w.clone().requires_grad_(), ids, weights, TAU)[
+        0
+    ].requires_grad  # w is a constant
 
 
 def test_backward_scales_and_may_run_twice():
     h, w, ids, weights = problem()
     _, _, grad = with_grad(h, w, ids, weights, TAU)
     x = h.clone().requires_grad_()
-    loss = 3 * patch_loss(2 * x, w, ids, weights, TAU)[0] / 7            # 2 h: same cosines, half the gradient by 2 h
+    loss = (
+        3 * patch_loss(2 * x, w, ids, weights, TAU)[0] / 7
+    )  # 2 h: same cosines, half the gradient by 2 h
     loss.backward(retain_graph=True)
     assert error(x.grad, grad * 3 / 7) < 1e-11
     loss.backward()
@@ -162,13 +186,15 @@ def test_degenerate_inputs_stay_finite(impl):
     loss, labelled, grad = with_grad(h[:0], w, ids[:0], weights[:0], TAU, impl=impl)
     assert loss == 0 and labelled == 0 and grad.shape == (0, D)
 
-    w[18] = h[30] / h[30].norm() * 1e-30                                 # too short to have a direction, and along a patch
+    w[18] = h[30] / h[30].norm() * 1e-30  # too short to have a direction, and along a patch
     h[31] = 0
     loss, _, grad = with_grad(h, w, ids, weights, 0.0131, impl=impl)
     assert loss.isfinite() and grad.isfinite().all() and not grad[31].any()
-    w[18] = h[30] / h[30].norm() * 1e-5                                  # short, yet a word: the largest exp there is
+    w[18] = h[30] / h[30].norm() * 1e-5  # short, yet a word: the largest exp there is
     loss, _, grad = with_grad(h, w, ids, weights, 0.0131, impl=impl)
-    true_loss, _, true_grad = with_grad(h.double(), w.double(), ids, weights, 0.0131, impl="reference")
+    true_loss, _, true_grad = with_grad(
+        h.double(), w.double(), ids, weights, 0.0131, impl="reference"
+    )
     grad, true_grad = (torch.cat([g[:31], g[32:]]) for g in (grad, true_grad))
     assert error(loss, true_loss) < 1e-5 and (grad - true_grad).norm() < 1e-5 * true_grad.norm()
 
@@ -188,10 +214,14 @@ def test_bad_arguments_are_named():
     h, w, ids, weights = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"^tau: 0.01 .* tau >= 0.0120 at V = 211"):
         patch_loss(h, w, ids, weights, 0.01)
-    assert patch_loss(h.double(), w.double(), ids, weights, 0.01)[0].isfinite()      # float64 holds it
+    assert patch_loss(h.double(), w.double(), ids, weights, 0.01)[0].isfinite()  # float64 holds it
     assert patch_loss(h, w, ids, weights, 0.01, impl="reference")[0].isfinite()
-    bad = {"tau": (h, w, ids, weights, 0.0), "h": (h[0], w, ids, weights, TAU), "w": (h, w[:, :-1], ids, weights, TAU),
-           "weights": (h, w, ids, weights[:, :-1], TAU)}
+    bad = {
+        "tau": (h, w, ids, weights, 0.0),
+        "h": (h[0], w, ids, weights, TAU),
+        "w": (h, w[:, :-1], ids, weights, TAU),
+        "weights": (h, w, ids, weights[:, :-1], TAU),
+    }
     for name, arguments in bad.items():
         with pytest.raises(ValueError, match=f"^{name}: .*$"):
             patch_loss(*arguments)
@@ -200,25 +230,31 @@ def test_bad_arguments_are_named():
             patch_loss(h, w, wrong, weights, TAU)
     with pytest.raises(ValueError, match="^impl: .*chunked, reference"):
         patch_loss(h, w, ids, weights, TAU, impl="fast")
-    with pytest.raises(ValueError, match="^impl: 'triton' and 'cublas' need .*chunked'$"):     # a GPU, or Triton at all
+    with pytest.raises(
+        ValueError, match="^impl: 'triton' and 'cublas' need .*chunked'$"
+    ):  # a GPU, or Triton at all
         patch_loss(h, w, ids, weights, TAU, impl="triton")
 
 
 def test_triton_is_optional():
     """Builds of torch for CPUs come without it."""
-    code = ("import sys; sys.modules['triton'] = None\n"
-            "import torch; from kernels.patch_loss import patch_loss\n"
-            "x = torch.eye(3); ids = torch.arange(3)[:, None]\n"
-            "print(patch_loss(x, x, ids, x[:, :1], 1.0)[0].item())\n"
-            "patch_loss(x, x, ids, x[:, :1], 1.0, impl='triton')")
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from kernels.patch_loss import patch_loss\n"
+        "x = torch.eye(3); ids = torch.arange(3)[:, None]\n"
+        "print(patch_loss(x, x, ids, x[:, :1], 1.0)[0].item())\n"
+        "patch_loss(x, x, ids, x[:, :1], 1.0, impl='triton')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert float(done.stdout) == pytest.approx(math.log(math.e + 2) - 1, rel=1e-6)
-    assert done.stderr.endswith("ValueError: impl: 'triton' and 'cublas' need the package triton; use impl='chunked'\n")
+    assert done.stderr.endswith(
+        "ValueError: impl: 'triton' and 'cublas' need the package triton; use impl='chunked'\n"
+    )
 
 
 def test_cosine_loss():
     h, w, ids, weights = problem()
-    h[0] = math.nan                                                      # unlabelled
+    h[0] = math.nan  # unlabelled
     h.requires_grad_()
     loss, labelled = cosine_loss(h, w, ids, weights)
     loss.backward()
@@ -255,4 +291,4 @@ def test_default_budget_gives_blocks_worth_multiplying(monkeypatch):
     for d, v in ((512, 32000), (4096, 32000), (4096, 151936)):
         rows, tile = module.block_sizes(d, v, 4)
         assert rows >= 256 and tile >= 256
-    assert module.block_sizes(D, V, 4)[1] == V                           # a small vocabulary is one tile
+    assert module.block_sizes(D, V, 4)[1] == V  # a small vocabulary is one tile

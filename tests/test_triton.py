@@ -1,8 +1,10 @@
 """The fused kernels: their numbers against float64, and what they compile to.
 
-Numbers need a GPU or Triton's interpreter, which must be asked for before Triton is imported: without a GPU, the first test runs this
-file once more in a process of its own. Machine code needs neither: the compiler makes it for chips that are not there.
+Numbers need a GPU or Triton's interpreter, which must be asked for before Triton is imported:
+without a GPU, the first test runs this file once more in a process of its own. Machine code needs
+neither: the compiler makes it for chips that are not there.
 """
+
 import math
 import os
 import re
@@ -15,31 +17,46 @@ import torch.nn.functional as F
 from test_patch_loss import error, problem, with_grad
 
 from kernels import patch_loss as module
-from kernels.patch_loss import TILES, Tile, patch_loss
+from kernels.patch_loss import TILES, patch_loss
 
 triton = pytest.importorskip("triton", reason="no Triton here: nothing to run or compile")
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_numbers = pytest.mark.skipif(not GPU and not INTERPRETED, reason="no GPU: runs inside test_numbers_in_the_interpreter")
+needs_numbers = pytest.mark.skipif(
+    not GPU and not INTERPRETED, reason="no GPU: runs inside test_numbers_in_the_interpreter"
+)
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-needs_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for the compiler")
+needs_compiler = pytest.mark.skipif(
+    INTERPRETED, reason="the interpreter stands in for the compiler"
+)
 
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-N, V, ALIGNED, RAGGED = (41, 101, 40, 37) if DEVICE == "cpu" else (391, 1013, 136, 137)    # widths with and without the copy engine
+N, V, ALIGNED, RAGGED = (
+    (41, 101, 40, 37) if DEVICE == "cpu" else (391, 1013, 136, 137)
+)  # widths with and without the copy engine
 TAU = 0.07
-SLACK = 1 if DEVICE == "cpu" else 5                     # exp2, division and root are approximate on a GPU, by a few ulp
+SLACK = (
+    1 if DEVICE == "cpu" else 5
+)  # exp2, division and root are approximate on a GPU, by a few ulp
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the numbers are checked in this process")
 def test_numbers_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-W", "ignore::RuntimeWarning", "--noconftest", __file__],
-                          env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert done.returncode == 0 and "no GPU: runs inside" not in done.stdout, done.stdout + done.stderr
+    quiet = ["-q", "-rs", "-W", "ignore::RuntimeWarning", "--noconftest", "-n", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *quiet, __file__],
+        env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "no GPU: runs inside" not in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- numbers
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -57,40 +74,56 @@ def small_poisoned_chunks(monkeypatch):
 
 @pytest.fixture
 def right_bfloat16(monkeypatch):
-    """The interpreter keeps bfloat16 as its bits, multiplies the bits in a dot, and cuts instead of rounding: mend both."""
+    """The interpreter keeps bfloat16 as its bits, multiplies the bits in a dot, and cuts instead of
+    rounding: mend both."""
     if DEVICE == "cuda":
         return
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter
+
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding(data, source, target, mode):
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(data, source, target, mode)
-        return torch.from_numpy(numpy.array(data)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+        return (
+            torch.from_numpy(numpy.array(data))
+            .bfloat16()
+            .view(torch.int16)
+            .numpy()
+            .view(numpy.uint16)
+        )
 
     def widened(x):
-        return interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+        return interpreter.TensorHandle(
+            (x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32
+        )
 
     def dot_of_numbers(self, a, b, *rest):
-        return dot(self, *(widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+        return dot(
+            self, *(widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest
+        )
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_numbers)
 
 
 def fused_problem(k, d, h_dtype=F32, w_dtype=F32):
-    """problem() on the device, h by columns, w with a margin of NaN. So many rows are unlabelled, and NaN, that a whole chunk lies beyond
-    the labelled ones. With k = 1, patches that are near a word have it as their target: p - Y nearly cancels."""
+    """problem() on the device, h by columns, w with a margin of NaN. So many rows are unlabelled,
+    and NaN, that a whole chunk lies beyond the labelled ones. With k = 1, patches that are near a
+    word have it as their target: p - Y nearly cancels."""
     h, w, ids, weights = problem(k, n=N, d=d, v=V)
     if k == 1:
         ids[:20, 0] = torch.arange(1, 21)
-    weights[N // 2 + 2:-7] = 0
+    weights[N // 2 + 2 : -7] = 0
     if h_dtype == F16:
-        h = F.normalize(h) * 3                                           # no room for six orders of magnitude
-    h[~weights.any(dim=1)] = math.nan                                    # whoever reads these shows it
-    h, w = h.T.contiguous().T.to(DEVICE, h_dtype), F.pad(w, (0, 8), value=math.nan).to(DEVICE, w_dtype)[:, :d]
+        h = F.normalize(h) * 3  # no room for six orders of magnitude
+    h[~weights.any(dim=1)] = math.nan  # whoever reads these shows it
+    h, w = (
+        h.T.contiguous().T.to(DEVICE, h_dtype),
+        F.pad(w, (0, 8), value=math.nan).to(DEVICE, w_dtype)[:, :d],
+    )
     return h, w, ids.clamp_min(0).to(DEVICE), weights.to(DEVICE)
 
 
@@ -101,11 +134,14 @@ def true(h, w, ids, weights, tau):
 
 
 def naive(h, w, ids, weights, tau):
-    """(loss, gradient) with everything in w's dtype, up to the softmax: what one would write first."""
+    """(loss, gradient) with everything in w's dtype, up to the softmax: what one would write
+    first."""
     rows = weights.any(dim=1)
     x = F.normalize(h.float()).to(w.dtype).requires_grad_()
     scores = F.normalize(x[rows], eps=1e-6) @ F.normalize(w, eps=1e-6).T / tau
-    loss = (scores.float().logsumexp(1) - (weights[rows] * scores.gather(1, ids[rows])).sum(1)).sum()
+    loss = (
+        scores.float().logsumexp(1) - (weights[rows] * scores.gather(1, ids[rows])).sum(1)
+    ).sum()
     loss.backward()
     return loss.detach(), torch.nan_to_num(x.grad.float() / h.float().norm(dim=1, keepdim=True))
 
@@ -115,24 +151,48 @@ def total_error(got, want):
 
 
 @needs_numbers
-@pytest.mark.parametrize("impl, k, d, tau", [("triton", 5, RAGGED, TAU), ("triton", 16, ALIGNED, 0.0131), ("triton", 1, RAGGED, 1.0),
-                                             ("cublas", 5, ALIGNED, TAU)])
+@pytest.mark.parametrize(
+    "impl, k, d, tau",
+    [
+        ("triton", 5, RAGGED, TAU),
+        ("triton", 16, ALIGNED, 0.0131),
+        ("triton", 1, RAGGED, 1.0),
+        ("cublas", 5, ALIGNED, TAU),
+    ],
+)
 def test_float32_is_the_reference(impl, k, d, tau, small_poisoned_chunks):
     arguments = fused_problem(k, d)
     true_loss, true_grad = true(*arguments, tau)
     loss, labelled, grad = with_grad(*arguments, tau, impl=impl)
     rows = arguments[3].any(dim=1)
-    assert loss.dtype == grad.dtype == F32 and loss.ndim == 0 and labelled == rows.sum() and labelled.dtype == torch.int64
+    assert (
+        loss.dtype == grad.dtype == F32
+        and loss.ndim == 0
+        and labelled == rows.sum()
+        and labelled.dtype == torch.int64
+    )
     assert error(loss, true_loss) < 2e-6 * SLACK
     assert error(grad[rows], true_grad[rows]) < 2e-5 * SLACK and not grad[~rows].any()
 
 
 @needs_numbers
-@pytest.mark.parametrize("impl, k, d, h_dtype, w_dtype", [
-    ("triton", 5, ALIGNED, BF16, BF16), ("triton", 1, RAGGED, BF16, BF16), ("triton", 5, ALIGNED, F32, BF16),
-    ("triton", 5, ALIGNED, F16, F16), ("triton", 1, RAGGED, F16, F16), ("triton", 5, RAGGED, F32, F16), ("triton", 1, RAGGED, BF16, F32),
-    ("cublas", 5, ALIGNED, BF16, BF16), ("cublas", 1, RAGGED, F16, F16)])
-def test_low_precision_is_better_than_the_naive_version(impl, k, d, h_dtype, w_dtype, small_poisoned_chunks, right_bfloat16):
+@pytest.mark.parametrize(
+    "impl, k, d, h_dtype, w_dtype",
+    [
+        ("triton", 5, ALIGNED, BF16, BF16),
+        ("triton", 1, RAGGED, BF16, BF16),
+        ("triton", 5, ALIGNED, F32, BF16),
+        ("triton", 5, ALIGNED, F16, F16),
+        ("triton", 1, RAGGED, F16, F16),
+        ("triton", 5, RAGGED, F32, F16),
+        ("triton", 1, RAGGED, BF16, F32),
+        ("cublas", 5, ALIGNED, BF16, BF16),
+        ("cublas", 1, RAGGED, F16, F16),
+    ],
+)
+def test_low_precision_is_better_than_the_naive_version(
+    impl, k, d, h_dtype, w_dtype, small_poisoned_chunks, right_bfloat16
+):
     arguments = fused_problem(k, d, h_dtype, w_dtype)
     rows = arguments[3].any(dim=1)
     true_loss, true_grad = true(*arguments, TAU)
@@ -140,10 +200,16 @@ def test_low_precision_is_better_than_the_naive_version(impl, k, d, h_dtype, w_d
     naive_loss, naive_grad = naive(arguments[0], arguments[1].to(low), *arguments[2:], TAU)
     loss, _, grad = with_grad(*arguments, TAU, impl=impl)
     assert loss.dtype == F32 and grad.dtype == h_dtype
-    exact = 1e-6 * SLACK if h_dtype == w_dtype or w_dtype == F32 else torch.finfo(w_dtype).eps / 8     # a wider h is itself rounded
+    exact = (
+        1e-6 * SLACK if h_dtype == w_dtype or w_dtype == F32 else torch.finfo(w_dtype).eps / 8
+    )  # a wider h is itself rounded
     assert error(loss, true_loss) < min(exact, error(naive_loss, true_loss))
-    assert total_error(grad[rows], true_grad[rows]) < 0.7 * total_error(naive_grad[rows], true_grad[rows])
-    assert error(grad[rows], true_grad[rows]) < min(4 * torch.finfo(low).eps, error(naive_grad[rows], true_grad[rows]))
+    assert total_error(grad[rows], true_grad[rows]) < 0.7 * total_error(
+        naive_grad[rows], true_grad[rows]
+    )
+    assert error(grad[rows], true_grad[rows]) < min(
+        4 * torch.finfo(low).eps, error(naive_grad[rows], true_grad[rows])
+    )
     assert not grad[~rows].any()
 
 
@@ -160,20 +226,26 @@ def test_degenerate_inputs(impl, small_poisoned_chunks):
     along = h[9] / h[9].norm()
     ids[12, 0] = 18
     h[10] = 0
-    h[11] *= 1e-14                                                       # shorter than SHORTEST, like the first word below
-    for length in (1e-13, 1e-11):                                        # the second makes the largest exp by the shortest word
+    h[11] *= 1e-14  # shorter than SHORTEST, like the first word below
+    for length in (1e-13, 1e-11):  # the second makes the largest exp by the shortest word
         w[18] = along * length
         arguments = h, w, ids, weights, 0.0131
         (true_loss, true_grad), (loss, _, grad) = true(*arguments), with_grad(*arguments, impl=impl)
-        assert error(loss, true_loss) < 2e-6 * SLACK and total_error(grad, true_grad) < 2e-5 * SLACK and not grad[10:12].any()
+        assert (
+            error(loss, true_loss) < 2e-6 * SLACK
+            and total_error(grad, true_grad) < 2e-5 * SLACK
+            and not grad[10:12].any()
+        )
 
-    weights[9] = math.nan                                                # what an id outside the vocabulary becomes on a GPU
+    weights[9] = math.nan  # what an id outside the vocabulary becomes on a GPU
     assert patch_loss(h, w, ids, weights, TAU, impl=impl)[0].isnan()
 
 
 def test_ids_outside_the_vocabulary_become_nan():
     ids, weights = module.mask_outside(torch.tensor([[0, V, -1, V - 1]]), torch.ones(1, 4), V)
-    assert ids.tolist() == [[0, 0, 0, V - 1]] and weights.isnan().tolist() == [[False, True, True, False]]
+    assert ids.tolist() == [[0, 0, 0, V - 1]] and weights.isnan().tolist() == [
+        [False, True, True, False]
+    ]
 
 
 @needs_numbers
@@ -181,18 +253,23 @@ def test_without_gradient_nothing_is_made_for_it(small_poisoned_chunks, monkeypa
     arguments = fused_problem(5, ALIGNED)
     loss, _, _ = with_grad(*arguments, TAU, impl="triton")
     shapes, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: shapes.append(size[0]) or empty(*size, **options))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: shapes.append(size[0]) or empty(*size, **options)
+    )
     monkeypatch.setattr(module, "gradient_kernel", None)
     without, _ = patch_loss(*arguments, TAU, impl="triton")
     assert without == loss and not without.requires_grad
-    assert shapes and all(shape[-1] < V for shape in shapes)             # no E
+    assert shapes and all(shape[-1] < V for shape in shapes)  # no E
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's dots")
 def test_unlabelled_rows_cost_nothing(small_poisoned_chunks, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
+
     dot, calls = InterpreterBuilder.create_dot, []
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *arguments: calls.append(0) or dot(*arguments))
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda *arguments: calls.append(0) or dot(*arguments)
+    )
     arguments = fused_problem(1, RAGGED)
     labelled = int(arguments[3].any(dim=1).sum())
     first, second = TILES["interpreter", F32]
@@ -203,26 +280,13 @@ def test_unlabelled_rows_cost_nothing(small_poisoned_chunks, monkeypatch):
     assert row_tiles < in_all and len(calls) == row_tiles * (one + two)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU gpu.py measures real ones")
-@pytest.mark.parametrize("product", [1, 2])
-def test_gpu_py_measures_another_tile(product, monkeypatch):
-    from kernels import gpu
-    tile, shipped = Tile(32, 32, 16, 1, 1), TILES["interpreter", F32]
-    monkeypatch.setattr(gpu, "CANDIDATES", {1: [tile], 2: [tile]})
-    row = gpu.measure_tile(gpu.Case(9, 16, 40, k=2, h="float32", w="float32"), product, tile, repeats=1)
-    assert row["passed"] and row["rows"] == 32 and row["other"] == tile and row["shared"] is None
-    assert all(len(rounds) == 2 and rounds[0][0] > 0 for rounds in row["ms"].values()) and len(row["ms"]) == 3
-    assert row["tflops"] == 2 * 32 * 16 * 40 / row["ms"]["product"][0][0] / 1e9
-    assert TILES["interpreter", F32] == shipped and not isinstance(getattr(module, gpu.KERNELS[product]), gpu.Recorder)
-
-
 @needs_gpu
 @pytest.mark.parametrize("impl", ["triton", "cublas"])
 def test_nothing_waits_for_the_gpu(impl):
     h, w, ids, weights = fused_problem(5, ALIGNED, BF16, BF16)
     h.requires_grad_()
-    patch_loss(h, w, ids, weights, TAU, impl=impl)[0].backward()         # compiles
-    ids[1, 0] = V                                                        # nor for ids that lie outside
+    patch_loss(h, w, ids, weights, TAU, impl=impl)[0].backward()  # compiles
+    ids[1, 0] = V  # nor for ids that lie outside
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, _ = patch_loss(h, w, ids, weights, TAU, impl=impl)
@@ -239,24 +303,35 @@ def test_default_on_a_gpu():
     assert module.default_impl(x, x) == expected and module.default_impl(x.double(), x) == "chunked"
 
 
-# ----------------------------------------------------------------------------------------------------------- machine code
+# ---- machine code --------------------------------------------------------------------------------
 
-SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448}      # bytes of a block; the first is that of sm_86 and sm_89, which use the same tiles
-INSTRUCTIONS = {("sm_90", 2): {"HGMMA", "UTMALDG"}, ("sm_80", 2): {"HMMA", "LDGSTS"}, ("sm_80", 4): {"FFMA", "LDGSTS"}}
+SHARED_MEMORY = {
+    "sm_80": 101376,
+    "sm_90": 232448,
+}  # bytes of a block; the first is that of sm_86 and sm_89, which use the same tiles
+INSTRUCTIONS = {
+    ("sm_90", 2): {"HGMMA", "UTMALDG"},
+    ("sm_80", 2): {"HMMA", "LDGSTS"},
+    ("sm_80", 4): {"FFMA", "LDGSTS"},
+}
 SHIPPED = [key for key in TILES if key[0] != "interpreter"]
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """compiled(kind) -> a list, to which every kernel launch from then on adds (name, binary) instead of running."""
+    """compiled(kind) -> a list, to which every kernel launch from then on adds (name, binary)
+    instead of running."""
+
     def start(kind):
         capability = int(kind[3:])
 
         class Driver:
             def get_current_device(self):
-                return capability                                        # kernels are cached by device number
+                return capability  # kernels are cached by device number
+
             def get_current_stream(self, device):
                 return 0
+
             def get_current_target(self):
                 return triton.backends.compiler.GPUTarget("cuda", capability, 32)
 
@@ -269,31 +344,50 @@ def compiled(monkeypatch):
         monkeypatch.setattr(triton.JITFunction, "run", compile_only)
         monkeypatch.setattr(module, "chip", lambda device: (kind, 132))
         return launched
+
     return start
 
 
 def without_memory(n, d, v, dtype, h_dtype=None):
     """h, w, ids, weights of shapes and dtypes alone."""
-    return (torch.empty(n, d, dtype=h_dtype or dtype, device="meta", requires_grad=True), torch.empty(v, d, dtype=dtype, device="meta"),
-            torch.empty(n, 4, dtype=torch.int64, device="meta"), torch.empty(n, 4, device="meta"))
+    return (
+        torch.empty(n, d, dtype=h_dtype or dtype, device="meta", requires_grad=True),
+        torch.empty(v, d, dtype=dtype, device="meta"),
+        torch.empty(n, 4, dtype=torch.int64, device="meta"),
+        torch.empty(n, 4, device="meta"),
+    )
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind, dtype, h_dtype", [*((*key, key[1]) for key in SHIPPED), ("sm_90", BF16, F32)], ids=str)
+@pytest.mark.parametrize(
+    "kind, dtype, h_dtype", [*((*key, key[1]) for key in SHIPPED), ("sm_90", BF16, F32)], ids=str
+)
 def test_compiled_code(kind, dtype, h_dtype, compiled, tmp_path):
-    """No spills, shared memory that exists, and the chip's matrix and copy instructions, as the ragged shape below launches them."""
+    """No spills, shared memory that exists, and the chip's matrix and copy instructions, as the
+    ragged shape below launches them."""
     first, second = TILES[kind, dtype]
     assert first.BM == second.BM and first.BN % second.BK == 0
     launched = compiled(kind)
     module.patch_loss_triton(*without_memory(100, 4096, 32003, dtype, h_dtype), TAU)
-    assert [name for name, _ in launched] == ["gather_kernel", "scores_kernel", "finish_kernel", "gradient_kernel"]
+    assert [name for name, _ in launched] == [
+        "gather_kernel",
+        "scores_kernel",
+        "finish_kernel",
+        "gradient_kernel",
+    ]
     for name, binary in launched:
         (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
-        code = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", tmp_path / "cubin"], capture_output=True,
-                              text=True, check=True).stdout
+        code = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", tmp_path / "cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", code).groups())
         print(f"{name}: {registers} registers, {binary.metadata.shared} bytes of shared memory")
-        assert stack == 0 and "STL" not in code, f"{name} spills: {registers} registers, {stack} bytes"
+        assert stack == 0 and "STL" not in code, (
+            f"{name} spills: {registers} registers, {stack} bytes"
+        )
         assert binary.metadata.shared <= SHARED_MEMORY[kind]
         if name in ("scores_kernel", "gradient_kernel"):
             assert INSTRUCTIONS[kind, dtype.itemsize] <= set(re.findall(r"\b[A-Z]+\b", code)), name
@@ -302,12 +396,13 @@ def test_compiled_code(kind, dtype, h_dtype, compiled, tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("v, rows", [(32000, 1024), (151936, 1024), (400000, 384)])
 def test_scratch_is_bounded(v, rows, monkeypatch):
-    """What the kernels get beside inputs and gradient: within the budget, and per row of h 12 bytes, per word 4 and a bit."""
+    """What the kernels get beside inputs and gradient: within the budget, and per row of h 12
+    bytes, per word 4 and a bit."""
     tensors = {}
 
     def collect(self, *args, **options):
         for x in args:
-            x = getattr(x, "base", x)                                    # of a descriptor
+            x = getattr(x, "base", x)  # of a descriptor
             if torch.is_tensor(x):
                 tensors[id(x)] = x
 
@@ -318,6 +413,9 @@ def test_scratch_is_bounded(v, rows, monkeypatch):
         tensors.clear()
         module.patch_loss_triton(*without_memory(n, 4096, v, BF16), TAU)
         own = [x for x in tensors.values() if x.shape not in ((n, 4096), (n, 4), (v, 4096))]
-        assert max(own, key=lambda x: x.nbytes).shape == (rows, -(-v // 256) * 256)      # E: a tile of product 2 for each multiprocessor
+        assert max(own, key=lambda x: x.nbytes).shape == (
+            rows,
+            -(-v // 256) * 256,
+        )  # E: a tile of product 2 for each multiprocessor
         buffers[n] = sum(x.nbytes for x in own) - 12 * n
     assert buffers[18432] == buffers[40000] <= module.FUSED_SCRATCH + 4 * (v + 4096)
