@@ -93,7 +93,7 @@ ONE = dict(variants=[BASE], seeds=1, jobs=1)
 
 
 @pytest.mark.parametrize(
-    "freedom, quantile", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (40, 1.96)]
+    "freedom, quantile", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (40, 1.96)]
 )
 def test_intervals_are_those_of_the_tables(freedom, quantile):
     """Of values 0 and 1 in turn, half of the interval is the quantile times the mean's error."""
