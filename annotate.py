@@ -27,6 +27,7 @@ import dataclasses
 import datetime
 import glob
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,14 +44,19 @@ from runtime import InputError
 
 # ---- Args ----------------------------------------------------------------------------------------
 
-FORMATS = ["coco", "flickr30k", "grandf", "refcoco", "llava", "images"]
+USES = {                                            # the flags that each source reads
+    "coco": {"instances", "panoptic", "captions", "captions_per_image"},
+    "flickr30k": {"data", "split", "captions_per_image", "to", "resized"}, "grandf": {"data"},
+    "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to"},
+    "llava": {"data"}, "": set(),
+    "images": {"data", "tagger", "detector", "segmenter", "threshold", "batch_size", "dtype"}}
 
 
 @dataclass
 class Args:
     """Flags of annotate.py."""
 
-    from_: str = field(default="", metadata={"choices": ["", *FORMATS]})
+    from_: str = field(default="", metadata={"choices": list(USES)})
     """what the source is"""
     data: str = ""
     """annotations: a file; flickr30k: a folder; images: records, or none"""
@@ -103,12 +109,6 @@ class Args:
     """share of a patch that a region must cover to label it"""
 
 
-USES = {                                            # the flags that each source reads
-    "coco": {"instances", "panoptic", "captions", "captions_per_image"},
-    "flickr30k": {"data", "split", "captions_per_image", "to", "resized"}, "grandf": {"data"},
-    "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to"},
-    "llava": {"data"}, "": set(),
-    "images": {"data", "tagger", "detector", "segmenter", "threshold", "batch_size", "dtype"}}
 SEEN = {"image_size", "projector", "pool"}          # of the encoder of --vision
 LOOK = {"inspect", "vision", "geometry", "coverage"} | SEEN         # these do not change OUT
 
@@ -149,8 +149,7 @@ def check(args: Args) -> None:
 
 # ---- parts, then the whole -----------------------------------------------------------------------
 #
-# A part file: a line with the flags, then [number of the image, its records, its problems] per
-# image.
+# A part file: a line with the flags, then a line per image, [its number, records, problems].
 
 
 def part_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -164,20 +163,25 @@ def part_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             at += len(line)
 
 
-def done_in(part: Path) -> Iterator[tuple[int, int]]:
-    """(number of the image, position) of each of its lines."""
-    return ((int(line[1: line.index(b",")]), at) for at, line in part_lines(part) if at)
+def found_in(parts: list[Path], count: int) -> np.ndarray:
+    """Of each image (count, 2): the number of its part and where its line begins there, or -1."""
+    where = np.full((count, 2), -1, np.int64)
+    for i, part in enumerate(parts):
+        for at, line in itertools.islice(part_lines(part), 1, None):
+            where[int(line[1: line.index(b",")])] = i, at
+    return where
 
 
 def part_line(number: int, records: list[dict], problems: list[str]) -> bytes:
     """The line of an image. A text with half of a surrogate pair (an emoji cut in two) cannot be
-    written, and costs its record."""
+    written, and costs its record.
+    """
     kept = []
     for record in records:
-        text = json.dumps(record, ensure_ascii=False)
-        if text.isascii() or text == text.encode(errors="replace").decode():
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
             kept.append(record)
-        else:
+        except UnicodeEncodeError:
             problems = [*problems, f"record {record.get('id')}: a text or file name is not Unicode"
                         " (half of a surrogate pair)"]
     line = json.dumps([number, kept, problems], ensure_ascii=False) + "\n"
@@ -190,19 +194,25 @@ def parts_of(out: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix.removeprefix(".rank-").isdigit())
 
 
+def delete(parts: list[Path]) -> None:
+    """Of parts whose records are in OUT."""
+    for part in parts:
+        part.unlink()
+
+
 def write_part(source, out: Path, header: dict) -> None:
     """Convert this rank's share of what no part has yet, and append it to its own part.
 
     Images are converted in the same batches, whatever the number of processes and wherever a run
     stopped: a model's scores depend on what else is in the batch. InputError: parts of another run.
     """
-    done, rank, world = np.zeros(source.count, bool), runtime.rank(), runtime.world()
-    first_line, batch = (json.dumps(header) + "\n").encode(), source.batch
+    rank, world, batch = runtime.rank(), runtime.world(), source.batch
+    first_line = (json.dumps(header) + "\n").encode()
     for part in parts_of(out):
         if next(part_lines(part), (0, first_line))[1] != first_line:
             raise InputError(f"{part} is left of a run with other flags or files; delete"
                              f" {out}.rank-* to start again")
-        done[[number for number, _ in done_in(part)]] = True
+    done = found_in(parts_of(out), source.count)[:, 0] >= 0
     runtime.barrier()                               # all have read before any writes
     own = out.parent / f"{out.name}.rank-{rank}"
     keep = max((at + len(line) for at, line in part_lines(own)), default=0) if own.exists() else 0
@@ -226,10 +236,8 @@ def merge(source, out: Path) -> tuple[int, list[str]]:
 
     The parts are deleted. -> (number of records, problems).
     """
-    parts, where = parts_of(out), np.full((source.count, 2), -1, np.int64)
-    for i, part in enumerate(parts):                # of each image: its part, its line's position
-        for number, at in done_in(part):
-            where[number] = i, at
+    parts = parts_of(out)
+    where = found_in(parts, source.count)
     if (where < 0).any():
         raise InputError(f"{out}: {(where[:, 0] < 0).sum()} images are in no part; --out must lie"
                          " in a folder that all machines share")
@@ -250,12 +258,10 @@ def merge(source, out: Path) -> tuple[int, list[str]]:
             with runtime.atomic(listing) as noted:
                 noted.write_text("".join(p + "\n" for p in problems), encoding="utf-8")
         if not count:
-            for part in parts:
-                part.unlink()
+            delete(parts)
             reason = f": {problems[0]} (all: {listing})" if problems else ""
             raise InputError(f"no record could be made of {source.count} images{reason}")
-    for part in parts:
-        part.unlink()
+    delete(parts)
     return count, problems
 
 
@@ -288,7 +294,7 @@ def main(args: Args) -> None:
 
         seen = grid_of(args)
     out = Path(args.out)
-    complete = out.exists()  # and maybe parts, if a run stopped deleting them
+    complete = out.exists()                         # maybe with parts, if it was not all deleted
     if args.from_ and runtime.world() > 1:          # ranks only wait for each other, maybe for days
         wait = datetime.timedelta(days=30)
         torch.distributed.init_process_group("gloo", timeout=wait)
@@ -296,8 +302,7 @@ def main(args: Args) -> None:
     if args.from_ and not complete:
         convert(args, out)
     elif args.from_ and runtime.rank() == 0:
-        for part in parts_of(out):
-            part.unlink()
+        delete(parts_of(out))
     drawn = args.inspect and runtime.rank() == 0 and inspect(args, *seen)
     wrote = [out] * bool(args.from_) + [out.with_suffix(".png")] * bool(drawn)
     stage = "eval.py runs/sft/ckpt.pt" if args.to == "refer" else "pretrain.py"

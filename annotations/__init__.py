@@ -1,40 +1,47 @@
-"""Annotations as people have them -> records with regions: a reader per format, for annotate.py.
+"""Other people's annotations -> records with regions: what the readers share.
 
-    coco.py        instances, panoptic segments, captions     flickr30k.py   Flickr30k Entities
-    grandf.py      GranD-f's three forms                      refcoco.py     REFER's files
-    llava.py       LLaVA records                              images.py      images alone, through
-                                                              detectors.py   open models
-    picture.py     what --inspect draws
+    coco.py, flickr30k.py, grandf.py, refcoco.py, llava.py      files of annotations
+    images.py       photographs alone, through the open models of detectors.py
+    picture.py      what --inspect draws
 
-Each reader has `read(args) -> Source`; args are annotate.py's flags. What is wrong with an image,
-an annotation or a region becomes a line among its problems and costs that alone. A file that cannot
-be read at all is an `InputError`. A JSON file is read whole: about 7 times its size in memory.
+A reader is `read(args) -> Source`, with the flags of annotate.py. What is wrong with an image, an
+annotation or a region costs that alone, and becomes a line among the problems. A file that cannot
+be read at all is an `InputError`.
 """
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from PIL import Image
-
-from data import open_image, read_json
+from data import image_path, open_image
 from labels import region_coverage, region_phrase
 from runtime import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}       # of images
+# LLaVA-1.5's words
+REFER = "Please provide the bounding box coordinate of the region this sentence describes: "
 
 
 @dataclass
 class Source:
-    """`count` images in order; `convert(numbers)` -> (records, problems) for each of them.
+    """`count` images in order; `one(number, problems)` makes the records of one of them.
 
-    problems: of the files as a whole; batch: how many images are converted at a time.
+    problems: of the files as a whole. batch: how many images are converted at a time.
     """
 
     count: int
-    convert: Callable[[range], list[tuple[list[dict], list[str]]]]
+    one: Callable[[int, list[str]], list[dict]] | None
     problems: list[str] = field(default_factory=list)
     batch: int = 32
+
+    def convert(self, numbers: range) -> list[tuple[list[dict], list[str]]]:
+        """(records, problems) of each image of a batch."""
+        results = []
+        for number in numbers:
+            records, problems = [], []
+            with listed(problems, f"image {number} of the source"):
+                records = self.one(number, problems)
+            results.append((records, problems))
+        return results
 
 
 @contextlib.contextmanager
@@ -51,73 +58,40 @@ def listed(problems: list[str], where: str):
         problems.append(f"{where}: not of the expected form ({type(error).__name__}: {error})")
 
 
-def each(one: Callable[[int, list[str]], list[dict]]) -> Callable:
-    """`convert` of a source that makes one image's records at a time: one(number, problems)."""
-    def convert(numbers):
-        results = []
-        for number in numbers:
-            records, problems = [], []
-            with listed(problems, f"image {number} of the source"):
-                records = one(number, problems)
-            results.append((records, problems))
-        return results
-    return convert
+def tables(value, path: str, what: str, problems: list[str], **keys: str) -> list[dict[str, list]]:
+    """Lists of a JSON file's value: tables(..., images="id") -> [{an id, as text: its images}].
 
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def read_lists(path: str, what: str, *names: str) -> dict[str, list]:
-    """A JSON object with the lists of these names. InputError: it has none; what: the file's."""
-    value = read_json(path)
-    for name in names:
-        if not isinstance(value, dict) or not isinstance(value.get(name), list):
+    Items without the key are told. InputError: no such list, or none of its items has the key.
+    """
+    found = []
+    for name, key in keys.items():
+        items, own = value.get(name) if isinstance(value, dict) else None, {}
+        if not isinstance(items, list):
             raise InputError(f"{path}: has no list {name!r}; is this {what}?")
-    return value
-
-
-def grouped(path: str, name: str, items: list, key: str, problems: list[str]) -> dict[str, list]:
-    """{value of `key`, as text: its items}. Items without it are told; InputError: all are."""
-    found, bad = {}, 0
-    for item in items:
-        value = item.get(key) if isinstance(item, dict) else None
-        if isinstance(value, int | str):
-            found.setdefault(str(value), []).append(item)
-        else:
-            bad += 1
-    if bad and bad == len(items):
-        raise InputError(f'{path}: {name}[0] has no "{key}"; is this the right file?')
-    if bad:
-        problems.append(f'{path}: {bad} of {name} have no "{key}"')
+        for item in items:
+            if isinstance(item, dict) and isinstance(item.get(key), int | str):
+                own.setdefault(str(item[key]), []).append(item)
+        missing = len(items) - sum(map(len, own.values()))
+        if missing and not own:
+            raise InputError(f'{path}: {name}[0] has no "{key}"; is this {what}?')
+        if missing:
+            problems.append(f'{path}: {missing} of {name} have no "{key}"')
+        found.append(own)
     return found
 
 
-def image_size(path: Path, where: str) -> tuple[int, int]:
-    """(width, height) of an image as `data.open_image` gives it. InputError: missing or broken.
+def image_size(name: str, image_dir: str, where: str, said: dict | None = None) -> tuple[int, int]:
+    """(width, height) of an image, which is read whole, since a broken one would stop training.
 
-    All of the file is read, a JPEG at an eighth of its size: several times faster, and a broken one
-    is found as well.
+    InputError: broken, or not of the size that its annotation `said`.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(274) in (5, 6, 7, 8)       # orientations that swap sides
-            image.draft("RGB", (1, 1))
-            image.load()
-    except Exception:                               # whatever is broken: open_image names it
-        return open_image(path, where).size
-    return (height, width) if turned else (width, height)
-
-
-def same_size(info: dict, size: tuple[int, int], where: str) -> None:
-    """Refuse an image of another size than its annotation says."""
-    said = info.get("width", size[0]), info.get("height", size[1])
-    if said != size:
-        raise InputError(f"{where} is {size[0]} x {size[1]} pixels, but its annotation says"
-                         f" {said[0]} x {said[1]}")
-
-
-# ---- regions and records -------------------------------------------------------------------------
+    size = open_image(image_path({"image": name}, image_dir, where), where).size
+    width, height = size
+    told = (said.get("width", width), said.get("height", height)) if said else size
+    if told != size:
+        raise InputError(f"{where} is {width} x {height} pixels, but its annotation says"
+                         f" {told[0]} x {told[1]}")
+    return size
 
 
 def checked(region: dict, size: tuple[int, int], where: str) -> dict:
@@ -125,15 +99,6 @@ def checked(region: dict, size: tuple[int, int], where: str) -> dict:
     if not region_coverage([region], size, "stretch", (1, 1), where).any():
         raise InputError(f"{where}: covers no pixel")
     return region
-
-
-def corners(box, size: tuple[int, int], where: str) -> list[float]:
-    """COCO's [x, y, width, height] -> [x0, y0, x1, y1]. InputError: no such box in the image."""
-    numbers = isinstance(box, list) and all(isinstance(n, int | float) for n in box)
-    if not numbers or len(box) != 4:
-        raise InputError(f"{where}: bbox {box} is not [x, y, width, height]")
-    box = [round(n, 2) for n in (box[0], box[1], box[0] + box[2], box[1] + box[3])]
-    return checked({"bbox": box}, size, where)["bbox"]
 
 
 def named(regions: list[dict], where: str, problems: list[str]) -> list[dict]:
@@ -150,24 +115,19 @@ def records_of(name: str, image: str, captions: list[str], regions: list[dict], 
                problems: list[str]) -> list[dict]:
     """The records of an image: one for each of its first `limit` captions (0: all of them).
 
-    Each has all regions. An image without captions is described by its phrases. InputError:
-    neither.
+    Each has all regions. The phrases describe an image without captions. InputError: neither.
     """
     regions, told = named(regions, f"image {name}", problems), []
     for text in captions:
         with listed(problems, f"image {name}: caption {text!r}"):
             told += [text.strip()] if text.strip() else []
-    captions = told or [", ".join(dict.fromkeys(r["phrase"] for r in regions))]
-    if not captions[0]:
+    told = told or [", ".join(dict.fromkeys(region["phrase"] for region in regions))]
+    if not told[0]:
         raise InputError(f"image {name}: has no caption and no region")
-    captions, more = captions[: limit or None], {"regions": regions} if regions else {}
-    return [{"id": name if len(captions) == 1 else f"{name}_{i}", "image": image, "conversations": [
+    told, more = told[: limit or None], {"regions": regions} if regions else {}
+    return [{"id": name if len(told) == 1 else f"{name}_{i}", "image": image, "conversations": [
         {"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": text}],
-        **more} for i, text in enumerate(captions)]
-
-
-# LLaVA-1.5's words
-REFER = "Please provide the bounding box coordinate of the region this sentence describes: "
+        **more} for i, text in enumerate(told)]
 
 
 def refer_records(name: str, image: str, regions: list[dict], problems: list[str]) -> list[dict]:

@@ -7,23 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from annotations import (
-    Source,
-    checked,
-    corners,
-    each,
-    grouped,
-    image_size,
-    listed,
-    read_lists,
-    records_of,
-    same_size,
-)
-from data import image_path, open_image
+from annotations import Source, checked, image_size, listed, records_of, tables
+from data import open_image, read_json
 from labels import decode_rle, encode_edges, encode_rle, region_kind
 from runtime import InputError
 
 OWN = {"instances": "category_id", "panoptic": "segments_info", "captions": "caption"}
+
+# ---- shapes and names ----------------------------------------------------------------------------
 
 
 def ring_edges(ring: list[float], width: int, height: int) -> np.ndarray:
@@ -72,6 +63,16 @@ def polygon_rle(rings: list[list[float]], size: tuple[int, int]) -> dict:
     return encode_rle(mask.reshape(width, height).T)
 
 
+def box_of(annotation: dict, size: tuple[int, int], where: str) -> list[float]:
+    """COCO's [x, y, width, height] -> [x0, y0, x1, y1]. InputError: no such box in the image."""
+    box = annotation.get("bbox")
+    numbers = isinstance(box, list) and all(isinstance(n, int | float) for n in box)
+    if not numbers or len(box) != 4:
+        raise InputError(f"{where}: bbox {box} is not [x, y, width, height]")
+    box = [round(n, 2) for n in (box[0], box[1], box[0] + box[2], box[1] + box[3])]
+    return checked({"bbox": box}, size, where)["bbox"]
+
+
 def shape_of(annotation: dict, size: tuple[int, int], where: str) -> dict:
     """An annotation's mask as {"rle"}, or where it has none its {"bbox"}. InputError: unusable."""
     form = annotation.get("segmentation")
@@ -80,27 +81,14 @@ def shape_of(annotation: dict, size: tuple[int, int], where: str) -> dict:
         if np.abs(np.concatenate(form)).max() > 2 * max(size):      # it is walked point by point
             raise InputError(f"{where}: reaches far outside of its {size[0]} x {size[1]} image")
         rle = polygon_rle(form, size)
-        if rle["counts"] == encode_edges([], rle["size"])["counts"]:
+        if rle == encode_edges([], rle["size"]):
             raise InputError(f"{where}: covers no pixel")
         return {"rle": rle}
     if form:
         checked({"rle": form}, size, where)
         packed = isinstance(form["counts"], str)
         return {"rle": form if packed else encode_rle(decode_rle(form, where))}
-    return {"bbox": corners(annotation.get("bbox"), size, where)}
-
-
-def segment_rles(ids: np.ndarray) -> dict[int, dict]:
-    """Panoptic ids (height, width) -> {id: RLE of its pixels}."""
-    flat = ids.T.ravel()
-    starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))
-    ends, values = np.append(starts[1:], flat.size), flat[starts]
-    order = np.argsort(values, kind="stable")
-    found, first = np.unique(values[order], return_index=True)
-    runs = np.split(order, first[1:])               # of each id, in order; two never touch
-    edges = (np.stack([starts[run], ends[run]], 1).ravel() for run in runs)
-    return {int(value): encode_edges(own[own < flat.size], ids.shape)
-            for value, own in zip(found, edges)}
+    return {"bbox": box_of(annotation, size, where)}
 
 
 def panoptic_ids(path: Path, size: tuple[int, int], where: str) -> np.ndarray:
@@ -121,67 +109,79 @@ def category_phrase(name: str) -> str:
     return " ".join(words) or name
 
 
+def phrase_of(annotation: dict, categories: dict[str, list[dict]], where: str) -> str:
+    """The name of its category. InputError: it has none."""
+    category = annotation.get("category_id")
+    if str(category) not in categories:
+        raise InputError(f"{where}: category_id {category} is not among the categories")
+    return category_phrase(categories[str(category)][0]["name"])
+
+
+# ---- the files -----------------------------------------------------------------------------------
+
+
 def read(args) -> Source:
     """The images of all given files."""
     files = {name: getattr(args, name) for name in OWN if getattr(args, name)}
+    folder = Path(args.panoptic.removesuffix(".json"))
     if not files:
         raise InputError("--from coco needs one or more of --instances, --panoptic and --captions")
+    if args.panoptic and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; it holds the PNG files of {args.panoptic}")
     problems, infos, annotations, categories = [], {}, {}, {}
     for name, path in files.items():
-        lists = ("images", "annotations", "categories")[: 2 if name == "captions" else 3]
-        value = read_lists(path, f"COCO's {name} file", *lists)
-        if value["annotations"] and OWN[name] not in value["annotations"][0]:
+        keys = {"images": "id", "annotations": "image_id"}
+        keys |= {} if name == "captions" else {"categories": "id"}
+        infos[name], annotations[name], *more = tables(
+            read_json(path), path, f"COCO's {name} file", problems, **keys)
+        categories[name] = more[0] if more else {}
+        if any(OWN[name] not in own[0] for own in list(annotations[name].values())[:1]):
             raise InputError(f'{path}: its annotations have no "{OWN[name]}"; is this COCO\'s'
                              f" {name} file?")
-        infos[name] = grouped(path, "images", value["images"], "id", problems)
-        annotations[name] = grouped(path, "annotations", value["annotations"], "image_id", problems)
-        if name != "captions":
-            own = grouped(path, "categories", value["categories"], "id", problems)
-            categories[name] = {key: several[0] for key, several in own.items()}
-    images = list(dict.fromkeys(key for own in infos.values() for key in own))
+    images = {}
+    for several in infos.values():
+        for key, own in several.items():
+            images.setdefault(key, own[0])
     for name, path in files.items():
         problems += [f"{path}: image {key} occurs {len(own)} times; the first one counts"
                      for key, own in infos[name].items() if len(own) > 1]
         problems += [f"{path}: {len(own)} annotations of image {key}, which is not among the images"
-                     for key, own in annotations[name].items() if key not in infos[name]
-                     and not any(key in known for known in infos.values())]
-    folder = Path(str(args.panoptic).removesuffix(".json"))
-    if "panoptic" in files and not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; it holds the PNG files of {args.panoptic}")
+                     for key, own in annotations[name].items() if key not in images]
+    keys = list(images)
 
-    def phrase(name: str, annotation: dict, where: str) -> str:
-        category = categories[name].get(str(annotation.get("category_id")))
-        if category is None:
-            raise InputError(f"{where}: category_id {annotation.get('category_id')} is not among"
-                             " the categories")
-        return category_phrase(category["name"])
+    def segments(annotation: dict, things: bool, size, where: str, problems: list[str]) -> list:
+        """Regions of a panoptic annotation, with its things or without."""
+        path, regions = folder / annotation["file_name"], []
+        ids = panoptic_ids(path, size, where)
+        for s in annotation["segments_info"]:
+            with listed(problems, f"{args.panoptic}: {where}"):
+                spot = f"{args.panoptic}: segment {s.get('id')} of {where}"
+                category = categories["panoptic"].get(str(s.get("category_id")), [{}])[0]
+                if category.get("isthing") and not things:
+                    continue
+                mask = ids == s.get("id")
+                if not mask.any():
+                    raise InputError(f"{spot}: covers no pixel of {path}")
+                phrase = phrase_of(s, categories["panoptic"], spot)
+                regions.append({"phrase": phrase, "rle": encode_rle(mask)})
+        return regions
 
     def one(number: int, problems: list[str]) -> list[dict]:
-        key, regions = images[number], []
-        info = next(own[key][0] for own in infos.values() if key in own)
-        where, name = f"image {key} ({info.get('file_name')})", info.get("file_name")
-        size = image_size(image_path({"image": name}, args.image_dir, where), where)
-        same_size(info, size, where)
-        for a in annotations.get("instances", {}).get(key, []):
+        key, regions = keys[number], []
+        own = {name: several.get(key, []) for name, several in annotations.items()}
+        name = images[key].get("file_name")
+        where = f"image {key} ({name})"
+        size = image_size(name, args.image_dir, where, images[key])
+        for a in own.get("instances", []):
             spot = f"{args.instances}: annotation {a.get('id')} of {where}"
             with listed(problems, spot):
-                regions.append({"phrase": phrase("instances", a, spot), **shape_of(a, size, spot)})
-        both = key in infos.get("instances", {})
-        for a in annotations.get("panoptic", {}).get(key, []):
+                phrase = phrase_of(a, categories["instances"], spot)
+                regions.append({"phrase": phrase, **shape_of(a, size, spot)})
+        things = key not in infos.get("instances", {})
+        for a in own.get("panoptic", []):
             with listed(problems, f"{args.panoptic}: {where}"):
-                rles = segment_rles(panoptic_ids(folder / a["file_name"], size, where))
-                for s in a["segments_info"]:
-                    category = categories["panoptic"].get(str(s.get("category_id")), {})
-                    spot = f"{args.panoptic}: segment {s.get('id')} of {where}"
-                    with listed(problems, spot):
-                        if both and category.get("isthing"):
-                            continue
-                        if s.get("id") not in rles:
-                            file = folder / a["file_name"]
-                            raise InputError(f"{spot}: covers no pixel of {file}")
-                        text = phrase("panoptic", s, spot)
-                        regions.append({"phrase": text, "rle": rles[s["id"]]})
-        captions = [a.get("caption") or "" for a in annotations.get("captions", {}).get(key, [])]
+                regions += segments(a, things, size, where, problems)
+        captions = [a.get("caption") or "" for a in own.get("captions", [])]
         return records_of(key, name, captions, regions, args.captions_per_image, problems)
 
-    return Source(len(images), each(one), problems)
+    return Source(len(keys), one, problems)

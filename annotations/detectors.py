@@ -7,12 +7,13 @@
 All models see a batch of images at once. Weights are float32, products bfloat16 on a GPU.
 """
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from torch.nn.functional import interpolate
+from torch.nn.utils.rnn import pad_sequence
 
 from data import read_text
 from labels import content_words, encode_rle, transform_image
@@ -67,17 +68,15 @@ def read_tags(path: Path) -> dict[str, list[str]]:
 def suppress(boxes: torch.Tensor, scores: torch.Tensor, overlap: float) -> list[int]:
     """Non-maximum suppression of boxes (n, 4), [x0, y0, x1, y1] -> numbers that remain, best first.
 
-    From the highest score down, each removes those whose intersection over union with it is larger.
+    One is dropped if its intersection over union with a better one is larger than `overlap`.
     """
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
-    left, kept = scores.argsort(descending=True, stable=True), []
-    while len(left):
-        best, left = left[0], left[1:]
-        kept.append(int(best))
-        first = torch.maximum(boxes[best, :2], boxes[left, :2])
-        last = torch.minimum(boxes[best, 2:], boxes[left, 2:])
+    area, kept = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1), []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        first = torch.maximum(boxes[i, :2], boxes[kept, :2])
+        last = torch.minimum(boxes[i, 2:], boxes[kept, 2:])
         common = (last - first).clamp(min=0).prod(1)
-        left = left[common <= overlap * (area[best] + area[left] - common)]
+        if (common <= overlap * (area[i] + area[kept] - common)).all():
+            kept.append(i)
     return kept
 
 
@@ -93,43 +92,35 @@ def same_tag(label: str, tags: list[str]) -> str | None:
 # ---- models --------------------------------------------------------------------------------------
 
 
-def load(name: str, flag: str, kinds: tuple[str, ...]):
-    """Config of a model folder or hub name. InputError: none, or of no kind that fits the flag."""
+def opened(flag: str, name: str, kinds: list[type], device: torch.device, threshold: float):
+    """The model of a folder or hub name, by the one of `kinds` that takes its form. InputError."""
+    known = {form: kind for kind in kinds for form in kind.forms}
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {name}: not a model folder or a hub name"
-                         f" ({str(error).splitlines()[0]})") from None
-    if config.model_type not in kinds:
-        raise InputError(f"{flag} {name}: a {config.model_type}; expected {' or '.join(kinds)}")
-    return config
-
-
-def built(flag: str, kind: type, name: str, *settings):
-    """kind(name, *settings). InputError: the model's files are incomplete or damaged."""
-    try:
-        return kind(name, *settings)
+        form = transformers.AutoConfig.from_pretrained(name).model_type
+        if form in known:
+            return known[form](name, device, threshold)
     except Exception as error:                      # whatever transformers and safetensors raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{flag} {name}: cannot be loaded; is the folder complete? ({reason})"
-                         ) from None
+        raise InputError(f"{flag} {name}: cannot be loaded; is it a complete model folder, or a hub"
+                         f" name? ({reason})") from None
+    raise InputError(f"{flag} {name}: a {form}; expected {' or '.join(known)}")
+
+
+def weights(kind: type, name: str, device: torch.device):
+    """A model of transformers, in evaluation mode."""
+    return kind.from_pretrained(name).to(device).eval()
 
 
 class Florence:
     """Florence-2 as a tagger: it captions the images."""
 
-    def __init__(self, name: str, device: torch.device):
-        from transformers import (
-            CLIPImageProcessorPil,
-            Florence2ForConditionalGeneration,
-            Florence2Processor,
-        )
+    forms = ("florence2",)
 
-        pixels, tokenizer = (kind.from_pretrained(name)
-                             for kind in (CLIPImageProcessorPil, AutoTokenizer))
-        self.processor = Florence2Processor(pixels, tokenizer)
-        model = Florence2ForConditionalGeneration.from_pretrained(name)
-        self.model = model.to(device).eval()
+    def __init__(self, name: str, device: torch.device, threshold: float):
+        self.processor = transformers.Florence2Processor(
+            transformers.CLIPImageProcessorPil.from_pretrained(name),
+            transformers.AutoTokenizer.from_pretrained(name))
+        self.model = weights(transformers.Florence2ForConditionalGeneration, name, device)
 
     def __call__(self, images: list[Image.Image]) -> list[str]:
         """Detailed captions, greedy."""
@@ -143,37 +134,29 @@ class Florence:
 class GroundingDino:
     """Grounding DINO: tags -> boxes."""
 
+    forms = ("grounding-dino",)
+
     def __init__(self, name: str, device: torch.device, threshold: float):
-        from transformers import (
-            GroundingDinoForObjectDetection,
-            GroundingDinoImageProcessorPil,
-            GroundingDinoProcessor,
-        )
+        self.processor = transformers.GroundingDinoProcessor(
+            transformers.GroundingDinoImageProcessorPil.from_pretrained(name),
+            transformers.AutoTokenizer.from_pretrained(name))
+        self.model = weights(transformers.GroundingDinoForObjectDetection, name, device)
+        self.threshold, self.room = threshold, self.model.config.max_text_len       # tokens
 
-        pixels, tokenizer = (kind.from_pretrained(name)
-                             for kind in (GroundingDinoImageProcessorPil, AutoTokenizer))
-        self.processor = GroundingDinoProcessor(pixels, tokenizer)
-        model = GroundingDinoForObjectDetection.from_pretrained(name)
-        self.model, self.threshold = model.to(device).eval(), threshold
-        self.room = model.config.max_text_len       # tokens
-
-    def prompts(self, tags: list[str]) -> Iterator[list[str]]:
+    def prompts(self, tags: list[str]) -> list[list[str]]:
         """The tags in as many lists as the model's longest text makes necessary."""
-        now, room = [], self.room - 2               # [CLS] and [SEP]
+        lists, room = [], 0
         for tag in tags:
             ids = self.processor.tokenizer(tag, add_special_tokens=False).input_ids
-            need = len(ids) + 1                     # and a full stop
-            if now and need > room:
-                yield now
-                now, room = [], self.room - 2
-            now.append(tag)
-            room -= need
-        if now:
-            yield now
+            room -= len(ids) + 1                    # and a full stop
+            if room < 0 or not lists:
+                lists.append([])
+                room = self.room - 2 - len(ids) - 1             # [CLS] and [SEP]
+            lists[-1].append(tag)
+        return lists
 
-    def __call__(self, images: list[Image.Image],
-                 tags: list[list[str]]) -> list[list[tuple[str, float, list[float]]]]:
-        """Per image: (tag, score, box in pixels)."""
+    def __call__(self, images: list[Image.Image], tags: list[list[str]]) -> list[list[tuple]]:
+        """Per image: (tag, score, box in pixels, None: no mask)."""
         found = [[] for _ in images]
         asked = [(i, prompt) for i, own in enumerate(tags) for prompt in self.prompts(own)]
         for start in range(0, len(asked), max(len(images), 1)):
@@ -185,27 +168,23 @@ class GroundingDino:
             outputs = self.model(**inputs)
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
             results = self.processor.post_process_grounded_object_detection(
-                outputs, inputs.input_ids, threshold=self.threshold,
-                text_threshold=TEXT_THRESHOLD,
+                outputs, inputs.input_ids, self.threshold, TEXT_THRESHOLD,
                 target_sizes=[images[i].size[::-1] for i, _ in chunk])
             for (i, prompt), result in zip(chunk, results):
-                rows = zip(result["scores"].tolist(), result["boxes"].tolist(),
-                           result["text_labels"])
-                for score, box, label in rows:
-                    if tag := same_tag(label, prompt):
-                        found[i].append((tag, score, box))
+                boxes = result["scores"].tolist(), result["boxes"].tolist(), result["text_labels"]
+                found[i] += [(tag, score, box, None) for score, box, label in zip(*boxes)
+                             if (tag := same_tag(label, prompt))]
         return found
 
 
 class Sam2:
     """SAM 2: boxes -> masks."""
 
+    forms = ("sam2", "sam2_video")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, name: str, device: torch.device):
-        from transformers import Sam2Model
-
-        self.model = Sam2Model.from_pretrained(name).to(device).eval()
+    def __init__(self, name: str, device: torch.device, threshold: float):
+        self.model = weights(transformers.Sam2Model, name, device)
         self.side = self.model.config.prompt_encoder_config.image_size
 
     def __call__(self, images: list[Image.Image], boxes: list[list]) -> list[torch.Tensor]:
@@ -218,8 +197,7 @@ class Sam2:
                   for i in asked]
         logits = self.model(                        # (images, most boxes, 1, height / 4, width / 4)
             pixel_values=pixels([images[i] for i in asked], self).to(device),
-            input_boxes=torch.nn.utils.rnn.pad_sequence(scaled, True).to(device),
-            multimask_output=False).pred_masks
+            input_boxes=pad_sequence(scaled, True).to(device), multimask_output=False).pred_masks
         for i, own in zip(asked, logits):
             masks[i] = upsample(own[: len(boxes[i]), 0], images[i].size)
         return masks
@@ -228,13 +206,12 @@ class Sam2:
 class Sam3:
     """SAM 3: tags -> masks, with boxes and scores."""
 
+    forms = ("sam3", "sam3_video")
     mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self, name: str, device: torch.device, threshold: float):
-        from transformers import Sam3Model
-
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = Sam3Model.from_pretrained(name).to(device).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        self.model = weights(transformers.Sam3Model, name, device)
         self.side, self.threshold = self.model.config.image_size, threshold
 
     def __call__(self, images: list[Image.Image], tags: list[list[str]]) -> list[list[tuple]]:
@@ -242,8 +219,6 @@ class Sam3:
 
         Images are encoded once, whatever the number of their tags.
         """
-        from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
-
         device, found = self.model.device, [[] for _ in images]
         asked = [(i, tag) for i, own in enumerate(tags) for tag in own]
         if not asked:
@@ -253,12 +228,12 @@ class Sam3:
             chunk = asked[start: start + len(images)]
             which = torch.tensor([i for i, _ in chunk], device=device)
             text = self.tokenizer([tag for _, tag in chunk], return_tensors="pt", max_length=32,
-                                  padding="max_length", truncation=True)
-            features = Sam3VisionEncoderOutput(
+                                  padding="max_length", truncation=True).to(device)
+            features = type(seen)(
                 fpn_hidden_states=tuple(x[which] for x in seen.fpn_hidden_states),
                 fpn_position_encoding=tuple(x[which] for x in seen.fpn_position_encoding))
-            out = self.model(vision_embeds=features, input_ids=text.input_ids.to(device),
-                             attention_mask=text.attention_mask.to(device))
+            out = self.model(vision_embeds=features, input_ids=text.input_ids,
+                             attention_mask=text.attention_mask)
             scores = out.pred_logits.float().sigmoid() * out.presence_logits.float().sigmoid()
             rows = zip(chunk, scores, out.pred_boxes.float().cpu(), out.pred_masks)
             for (i, tag), own, boxes, masks in rows:                # own: (queries,)
@@ -279,8 +254,7 @@ def upsample(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Masks (n, h, w), positive inside -> bool (n, height, width); size: (width, height)."""
     if not len(masks):
         return torch.zeros(0, *size[::-1], dtype=torch.bool)
-    large = torch.nn.functional.interpolate(masks.float()[None], size[::-1], mode="bilinear",
-                                            align_corners=False)
+    large = interpolate(masks.float()[None], size[::-1], mode="bilinear", align_corners=False)
     return (large[0] > 0).cpu()
 
 
@@ -293,24 +267,18 @@ class Annotator:
     def __init__(self, tagger: str, detector: str, segmenter: str, device: torch.device,
                  dtype: torch.dtype, threshold: float):
         self.tags_of = read_tags(Path(tagger)) if Path(tagger).is_file() else None
-        self.device, self.dtype, kind = device, dtype, ""
+        self.device, self.dtype = device, dtype
+        self.florence = self.detector = self.segmenter = None
         if segmenter:
-            known = ("sam2", "sam2_video", "sam3", "sam3_video")
-            kind = load(segmenter, "--segmenter", known).model_type[:4]
-        if bool(detector) == (kind == "sam3"):
+            self.segmenter = opened("--segmenter", segmenter, [Sam2, Sam3], device, threshold)
+        if bool(detector) == isinstance(self.segmenter, Sam3):
             raise InputError("--from images needs --detector (with or without a SAM 2 as"
                              " --segmenter), or a SAM 3 as --segmenter alone")
-        self.florence = self.detector = self.sam2 = self.sam3 = None
         if tagger != "caption" and self.tags_of is None:
-            load(tagger, "--tagger (neither caption nor a file)", ("florence2",))
-            self.florence = built("--tagger", Florence, tagger, device)
+            flag = "--tagger (neither caption nor a file)"
+            self.florence = opened(flag, tagger, [Florence], device, threshold)
         if detector:
-            load(detector, "--detector", ("grounding-dino",))
-            self.detector = built("--detector", GroundingDino, detector, device, threshold)
-        if kind == "sam2":
-            self.sam2 = built("--segmenter", Sam2, segmenter, device)
-        if kind == "sam3":
-            self.sam3 = built("--segmenter", Sam3, segmenter, device, threshold)
+            self.detector = opened("--detector", detector, [GroundingDino], device, threshold)
         models = filter(None, (tagger, detector, segmenter))
         self.source = "+".join(Path(name).name for name in models)
 
@@ -327,13 +295,10 @@ class Annotator:
             tags = [noun_phrases(text) for text in told]
             if self.tags_of is not None:
                 tags = [self.tags_of.get(name, []) for name in names]
-            if self.sam3:
-                found = self.sam3(images, tags)
-            else:
-                found = [[(*row, None) for row in own] for own in self.detector(images, tags)]
+            found = (self.detector or self.segmenter)(images, tags)
             found = [kept(own, image.size) for own, image in zip(found, images)]
-            if self.sam2:
-                masks = self.sam2(images, [[row[2] for row in own] for own in found])
+            if self.detector and self.segmenter:
+                masks = self.segmenter(images, [[row[2] for row in own] for own in found])
                 found = [[(*row[:3], mask) for row, mask in zip(own, several)]
                          for own, several in zip(found, masks)]
         regions = [[self.region(*row) for row in own if row[3] is None or row[3].any()]

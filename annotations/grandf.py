@@ -4,9 +4,9 @@
     {id: {img_file_name, caption, refs: [{sentence, segmentation}]}}   RefCOCOg
     COCO's, a caption in each image, {tokens_positive, sam_mask} in each annotation        Flickr30k
 """
-from annotations import Source, each, grouped, image_size, listed, records_of, same_size
+from annotations import Source, image_size, listed, records_of, tables
 from annotations.coco import shape_of
-from data import image_path, read_json
+from data import read_json
 from runtime import InputError
 
 
@@ -15,11 +15,8 @@ def read(args) -> Source:
     value, masks, problems = read_json(args.data), {}, []
     coco = isinstance(value, dict)
     if coco:
-        for name in ("images", "annotations"):
-            if not isinstance(value.get(name), list):
-                raise InputError(f"{args.data}: has no list {name!r}; is this a file of GranD-f?")
-        masks = grouped(args.data, "annotations", value["annotations"], "image_id", problems)
-        images = grouped(args.data, "images", value["images"], "id", problems)
+        masks, images = tables(value, args.data, "a file of GranD-f", problems,
+                               annotations="image_id", images="id")
         entries = [(key, own[0]) for key, own in images.items()]
     else:
         items = value if isinstance(value, list) else []
@@ -34,10 +31,8 @@ def read(args) -> Source:
             raise InputError(f'{args.data}: entry {key} has no "caption"')
         image = item.get("file_name") or item.get("img_file_name")
         where = f"{args.data}: entry {key} ({image})"
-        size = image_size(image_path({"image": image}, args.image_dir, where), where)
-        if coco:
-            same_size(item, size, where)
-        caption, shapes = item["caption"].strip('"').strip(), []
+        size = image_size(image, args.image_dir, where, item if coco else None)
+        shapes, regions = [], []                    # (phrase, an annotation as COCO's)
         for phrase, grounding in (item.get("groundings") or {}).items():
             with listed(problems, f"{where}: {phrase!r}"):
                 shapes += [(phrase, {"segmentation": rle}) for rle in grounding["rle_masks"]]
@@ -48,12 +43,11 @@ def read(args) -> Source:
             with listed(problems, f"{where}: annotation {a.get('id')}"):
                 first, last = a["tokens_positive"][0]
                 shapes.append((item["caption"][first:last], {"segmentation": a["sam_mask"]}))
-        regions = []
         for phrase, shape in shapes:
             spot = f"{where}: {phrase!r}"
             with listed(problems, spot):
                 regions.append({"phrase": phrase, **shape_of(shape, size, spot)})
-        known = str(item.get("image_id", item.get("id", name)))
-        return records_of(known, image, [caption], regions, 1, problems)
+        name = str(item.get("image_id", item.get("id", name)))
+        return records_of(name, image, [item["caption"].strip('"')], regions, 1, problems)
 
-    return Source(len(entries), each(one), problems)
+    return Source(len(entries), one, problems)

@@ -17,60 +17,66 @@ from runtime import InputError
 
 def read(args) -> Source:
     """The images of the folder, or of the records."""
-    records, folder = read_records(args.data) if args.data else None, Path(args.image_dir)
-    if records is None:
-        if args.tagger == "caption":
-            raise InputError("--tagger caption needs --data, records with captions; for a folder of"
-                             " images name a Florence-2 or a file of tags")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        names = sorted(str(path.relative_to(folder)) for path in files)
+    if not args.data and args.tagger == "caption":
+        raise InputError("--tagger caption needs --data, records with captions; for a folder of"
+                         " images name a Florence-2 or a file of tags")
+    if args.data:
+        records = read_records(args.data)
+    else:
+        folder = Path(args.image_dir)
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+                       if path.suffix.lower() in SUFFIXES)
+        records = [{"image": name} for name in names]
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", runtime.rank() % torch.cuda.device_count())
     dtype = runtime.precision(device, args.dtype)
     annotator = Annotator(args.tagger, args.detector, args.segmenter, device, dtype, args.threshold)
 
-    def annotate(waiting):
-        made, reason = [], ""
+    def annotated(asked: list[tuple], places: list[tuple[str, list[str]]]) -> list:
+        """(image, caption, name) of several -> (caption, regions) of each, None if models fail."""
         try:
-            images, captions, files = zip(*((w[4], w[5], w[2]["image"]) for w in waiting))
-            made = annotator(list(images), list(captions), list(files))
+            return annotator(*map(list, zip(*asked)))
         except torch.OutOfMemoryError:
             raise InputError(f"--batch-size {args.batch_size}: out of GPU memory at"
-                             f" {waiting[0][3]}; lower it and start again") from None
+                             f" {places[0][0]}; lower it and start again") from None
         except torch.AcceleratorError:              # after it the GPU answers nothing more
             raise
         except Exception as error:                  # of the models, on one of these images
+            if len(asked) > 1:                      # which one: each is tried alone
+                return [annotated([a], [p])[0] for a, p in zip(asked, places)]
+            (where, problems), = places
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if reason and len(waiting) > 1:             # which one: each is tried alone
-            for alone in waiting:
-                annotate([alone])
-        elif reason:
-            waiting[0][1].append(f"{waiting[0][3]}: the models fail on it ({reason})")
-        for (own, problems, record, where, *_), (caption, regions) in zip(waiting, made):
-            with listed(problems, where):
-                if records is not None:
-                    own.append(record | {"regions": regions})
-                else:
-                    image = record["image"]
-                    own += records_of(image, image, [caption], regions, 1, problems)
+            problems.append(f"{where}: the models fail on it ({reason})")
+            return [None]
 
-    def convert(numbers):
-        results, waiting = [([], []) for _ in numbers], []
+    def convert(numbers: range) -> list[tuple[list[dict], list[str]]]:
+        results, asked, places, waiting = [([], []) for _ in numbers], [], [], []
         for (own, problems), number in zip(results, numbers):
-            where = f"{args.data}: record {number}" if args.data else f"image {names[number]}"
+            record = records[number]
+            name = record.get("image")
+            where = f"{args.data}: record {number}" if args.data else f"image {name}"
             with listed(problems, where):
-                record = records[number] if args.data else {"image": names[number]}
-                if record.get("image") is None or record.get("regions"):
+                if name is None or record.get("regions"):
                     own.append(cleaned(record, args.image_dir, where, problems))
                     continue
                 caption = answer_of(record, where) if args.data else ""
-                image = open_image(image_path(record, folder, where), where)
-                if annotator.tags_of is not None and record["image"] not in annotator.tags_of:
-                    problems.append(f"{where}: no line for {record['image']} in {args.tagger}")
-                waiting.append((own, problems, record, where, image, caption))
-        if waiting:
-            annotate(waiting)
+                image = open_image(image_path(record, args.image_dir, where), where)
+                if annotator.tags_of is not None and name not in annotator.tags_of:
+                    problems.append(f"{where}: no line for {name} in {args.tagger}")
+                asked.append((image, caption, name))
+                places.append((where, problems))
+                waiting.append((record, own))
+        made = annotated(asked, places) if asked else []
+        for (record, own), (where, problems), result in zip(waiting, places, made):
+            with listed(problems, where):
+                if result and args.data:
+                    own.append(record | {"regions": result[1]})
+                elif result:
+                    name, (caption, regions) = record["image"], result
+                    own += records_of(name, name, [caption], regions, 1, problems)
         return results
 
-    return Source(len(records if args.data else names), convert, batch=args.batch_size)
+    source = Source(len(records), None, batch=args.batch_size)
+    source.convert = convert                        # the models take a batch at once
+    return source

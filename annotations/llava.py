@@ -1,6 +1,6 @@
 """LLaVA records as they are, less what does not fit their images."""
-from annotations import Source, checked, each, image_size, listed
-from data import check_turns, image_path, read_records
+from annotations import Source, checked, image_size, listed
+from data import check_turns, read_records
 from labels import region_phrase
 from runtime import InputError
 
@@ -21,7 +21,7 @@ def cleaned(record: dict, image_dir: str, where: str, problems: list[str]) -> di
         if record.get("regions"):
             raise InputError(f'{where}: "image" is missing, which its regions are about')
         return record
-    size, regions = image_size(image_path(record, image_dir, where), where), []
+    size, regions = image_size(record["image"], image_dir, where), []
     for i, region in enumerate(record.get("regions") or []):
         spot = f"{where}: regions[{i}]"
         with listed(problems, spot):
@@ -38,4 +38,4 @@ def read(args) -> Source:
         where = f"{args.data}: record {records[number].get('id', number)}"
         return [cleaned(records[number], args.image_dir, where, problems)]
 
-    return Source(len(records), each(one))
+    return Source(len(records), one)

@@ -6,15 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoConfig
 
+import backbones.loading as backbone
 import runtime
 from annotations import image_size, listed
-from backbones.loading import (
-    check_encoder,
-    encoder_input,
-    find_model,
-    load_backbone,
-    read_processor,
-)
 from data import image_path, open_image, read_records
 from labels import content_words, patch_words, region_mask, region_phrase, sides, view_box
 from projector import output_grid
@@ -35,15 +29,19 @@ def grid_of(args) -> tuple[tuple[int, int], float]:
     """
     if not args.vision:
         return (16, 16), 1.0
-    name = find_model(args.vision, "--vision")
-    settings = load_backbone(AutoConfig, name, "--vision")
-    settings = check_encoder(getattr(settings, "vision_config", settings), args.vision)
-    size, grid = encoder_input(args.image_size, read_processor(name), settings)
+    name = backbone.find_model(args.vision, "--vision")
+    settings = backbone.load_backbone(AutoConfig, name, "--vision")
+    settings = backbone.check_encoder(getattr(settings, "vision_config", settings), args.vision)
+    processor = backbone.read_processor(name)
+    size, grid = backbone.encoder_input(args.image_size, processor, settings)
     height, width = sides(size)
     try:
         return output_grid(args.projector, grid, args.pool), width / height
     except ValueError as error:
         raise InputError(f"--{error}") from None
+
+
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 def overlay(image: Image.Image, masks: list[tuple[int, np.ndarray]]) -> Image.Image:
@@ -75,21 +73,25 @@ def look(record: dict, image: Image.Image, args, grid: tuple[int, int],
     Beside each is a list. The same words have the same number and colour in both.
     """
     regions, where = record["regions"], f"record {record.get('id')}"
-    masks = [region_mask(region, image.size, where) for region in regions]
     named = [tuple(content_words(region["phrase"])) for region in regions]
     words = patch_words(regions, image.size, args.geometry, grid, args.coverage, where, aspect)
     sets = [own for own, _ in Counter(map(tuple, filter(None, words))).most_common()]
     number = {own: i for i, own in enumerate(dict.fromkeys([*named, *sets]))}
 
+    masks = [region_mask(region, image.size, where) for region in regions]
     whole = overlay(image, [(number[own], mask) for own, mask in zip(named, masks)])
     whole.thumbnail((SIDE, SIDE))
+    count, said = Counter(named), {}
+    for own, region in reversed(list(zip(named, regions))):
+        said[number[own]] = region["phrase"] + f" x {count[own]}" * (count[own] > 1)
+
     width, height = round(SIDE * min(aspect, 1)), round(SIDE / max(aspect, 1))
-    seen = image.crop(view_box(image.size, args.geometry, aspect))      # black outside of the image
+    view = image.crop(view_box(image.size, args.geometry, aspect))      # black outside of the image
     rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
     cells = np.array([number[tuple(own)] if own else -1 for own in words]).reshape(grid)
     cells = cells[rows][:, columns]                                     # (height, width)
-    view = overlay(seen.resize((width, height)), [(number[own], cells == number[own])
-                                                  for own in sets])
+    masks = [(number[own], cells == number[own]) for own in sets]
+    view = overlay(view.resize((width, height)), masks)
     draw = ImageDraw.Draw(view)
     tall, wide = height / grid[0], width / grid[1]
     for i, own in enumerate(words):
@@ -97,9 +99,7 @@ def look(record: dict, image: Image.Image, args, grid: tuple[int, int],
         draw.rectangle((left, top, left + wide, top + tall), outline="white")
         if own:
             draw.text((left + 2, top + 1), str(number[tuple(own)]), fill="white", font=FONT)
-    count, said = Counter(named), {}
-    for own, region in reversed(list(zip(named, regions))):
-        said[number[own]] = region["phrase"] + f" x {count[own]}" * (count[own] > 1)
+
     row = Image.new("RGB", (2 * (SIDE + LEGEND), SIDE), "white")
     row.paste(whole, (0, 0))
     row.paste(legend(dict(sorted(said.items()))), (SIDE, 0))
@@ -108,28 +108,27 @@ def look(record: dict, image: Image.Image, args, grid: tuple[int, int],
     return row
 
 
-def inspect(args, grid: tuple[int, int], aspect: float) -> bool:
-    """Print the summary of OUT, and write the picture of some of its images, if any has regions
-    (->).
+# ---- the summary ---------------------------------------------------------------------------------
 
-    Images, regions and words are counted in all of it, patches in SAMPLE records at even steps.
+
+def inspect(args, grid: tuple[int, int], aspect: float) -> bool:
+    """Print a summary of OUT, and draw some of its images; -> whether there is a picture.
+
+    Regions and words are counted in all records, patches in SAMPLE of them at even steps.
     """
-    records = read_records(args.out)
-    images, regions, frequency, annotated, problems = set(), 0, Counter(), [], []
+    records, annotated, problems = read_records(args.out), [], []
+    images, frequency = set(), Counter()
     for i, record in enumerate(records):
         where = f"{args.out}: record {i}"
         with listed(problems, where):
             images |= {record["image"]} if record.get("image") else set()
-            own = record.get("regions") or []
-            for region in own:
-                frequency.update(content_words(region_phrase(region, where)))
-            if own:
-                regions += len(own)
-                annotated.append((where, record))
+            phrases = [region_phrase(r, where) for r in record.get("regions") or []]
+            frequency.update(word for phrase in phrases for word in content_words(phrase))
+            annotated += [(where, record)] if phrases else []
     sizes = Counter()                               # of patches: how many have so many words
     for where, record in runtime.spread(annotated, SAMPLE):
         with listed(problems, where):
-            size = image_size(image_path(record, args.image_dir, where), where)
+            size = image_size(record["image"], args.image_dir, where)
             words = patch_words(record["regions"], size, args.geometry, grid, args.coverage, where,
                                 aspect)
             sizes.update(map(len, words))
@@ -138,13 +137,15 @@ def inspect(args, grid: tuple[int, int], aspect: float) -> bool:
     if not sizes:
         print(f"{args.out}: none of {len(records)} records has regions that can be drawn")
         return False
+    regions = sum(len(record["regions"]) for _, record in annotated)
     labelled = sizes.total() - sizes[0]
-    each = sum(n * k for n, k in sizes.items()) / max(labelled, 1)
+    words = sum(n * k for n, k in sizes.items()) / max(labelled, 1)
     print(f"{len(records)} records, {len(annotated)} of them with regions; {len(images)} images;"
           f" {regions} regions, {regions / len(annotated):.1f} a record; {len(frequency)} different"
           f" words\npatches, {grid[0]} x {grid[1]}, {args.geometry}, coverage {args.coverage:g}:"
-          f" {labelled / sizes.total():.1%} labelled, with {each:.2f} words each\nmost frequent"
+          f" {labelled / sizes.total():.1%} labelled, with {words:.2f} words each\nmost frequent"
           " words: " + ", ".join(f"{word} {n}" for word, n in frequency.most_common(12)))
+
     rows = []
     for where, record in runtime.spread(annotated, args.inspect):
         with listed(problems, where):

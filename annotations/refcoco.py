@@ -1,24 +1,12 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg in REFER's files: refs(...).p and instances.json; COCO's
-captions."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: REFER's refs(...).p and instances.json, with COCO's captions."""
 import io
 import pickle
 from collections import Counter
 from pathlib import Path
 
-from annotations import (
-    Source,
-    corners,
-    each,
-    grouped,
-    image_size,
-    listed,
-    read_lists,
-    records_of,
-    refer_records,
-    same_size,
-)
-from annotations.coco import shape_of
-from data import image_path
+from annotations import Source, image_size, listed, records_of, refer_records, tables
+from annotations.coco import box_of, shape_of
+from data import read_json
 from runtime import InputError
 
 
@@ -32,16 +20,14 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_refs(path: str, split: str) -> dict:
     """{image id: [(annotation id, sentences)]} of REFER's pickle, one split or "" for all."""
+    content = io.BytesIO(Path(path).read_bytes())
     try:
-        content = io.BytesIO(Path(path).read_bytes())
         refs = PlainUnpickler(content, encoding="utf-8", errors="replace").load()   # by Python 2
         images, splits = {}, Counter(ref["split"] for ref in refs)
         for ref in refs:
             if split in ("", ref["split"]):
                 sentences = [s["sent"] for s in ref["sentences"]]
                 images.setdefault(ref["image_id"], []).append((ref["ann_id"], sentences))
-    except OSError:
-        raise
     except Exception as error:                      # a pickle can fail in any way
         raise InputError(f"{path}: not a pickle of REFER's references ({error})") from None
     if not images:
@@ -56,38 +42,35 @@ def read(args) -> Source:
         raise InputError("--from refcoco needs --data, REFER's refs(...).p, and --instances, the"
                          " instances.json beside it")
     images, problems, captions = read_refs(args.data, args.split), [], {}
-    value = read_lists(args.instances, "REFER's instances.json", "images", "annotations")
-    infos = grouped(args.instances, "images", value["images"], "id", problems)
-    masks = grouped(args.instances, "annotations", value["annotations"], "id", problems)
+    infos, masks = tables(read_json(args.instances), args.instances, "REFER's instances.json",
+                          problems, images="id", annotations="id")
     if args.captions:
-        told = read_lists(args.captions, "COCO's captions file", "annotations")["annotations"]
-        captions = grouped(args.captions, "annotations", told, "image_id", problems)
+        captions, = tables(read_json(args.captions), args.captions, "COCO's captions file",
+                           problems, annotations="image_id")
     keys = list(images)
 
     def one(number: int, problems: list[str]) -> list[dict]:
-        key, regions = keys[number], []
-        info = infos.get(str(key), [None])[0]
-        if info is None:
+        key, regions = str(keys[number]), []
+        if key not in infos:
             raise InputError(f"{args.data}: image {key} is not in {args.instances}")
-        name = info["file_name"]
+        name = infos[key][0]["file_name"]
         where = f"image {key} ({name})"
-        size = image_size(image_path({"image": name}, args.image_dir, where), where)
-        same_size(info, size, where)
-        for annotation_id, sentences in images[key]:
-            spot = f"{args.instances}: annotation {annotation_id} of {where}"
+        size = image_size(name, args.image_dir, where, infos[key][0])
+        for annotation, sentences in images[keys[number]]:
+            spot = f"{args.instances}: annotation {annotation} of {where}"
             with listed(problems, spot):
-                annotation = masks.get(str(annotation_id), [None])[0]
-                if annotation is None:
+                if str(annotation) not in masks:
                     raise InputError(f"{spot} is not there")
+                own = masks[str(annotation)][0]
                 if args.to == "refer":
-                    box = corners(annotation.get("bbox"), size, spot)
-                    regions += [{"phrase": sentence, "bbox": box} for sentence in sentences]
+                    box = box_of(own, size, spot)
+                    regions += [{"phrase": text, "bbox": box} for text in sentences]
                 else:
-                    shape = shape_of(annotation, size, spot)
+                    shape = shape_of(own, size, spot)
                     regions += [{"phrase": text, **shape} for text in dict.fromkeys(sentences)]
         if args.to == "refer":
-            return refer_records(str(key), name, regions, problems)
-        told = [a.get("caption") or "" for a in captions.get(str(key), [])]
-        return records_of(str(key), name, told, regions, args.captions_per_image, problems)
+            return refer_records(key, name, regions, problems)
+        told = [a.get("caption") or "" for a in captions.get(key, [])]
+        return records_of(key, name, told, regions, args.captions_per_image, problems)
 
-    return Source(len(keys), each(one), problems)
+    return Source(len(keys), one, problems)
