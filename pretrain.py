@@ -140,12 +140,12 @@ def dry_run(args: Args) -> None:
     run."""
     from extras import dry_run
 
-    data, args = args.data, check(args)
+    args = check(args)
     config = {name: getattr(args, name) for name in CONFIG}
     model = PatchAlignedModel(config, dry_run.precision(args), weights=False)
     with runtime.atomic(Path(args.out) / "plan.pt") as path:
         save_checkpoint(path, model, "plan", {}, state={})
-    dry_run.report(model, args, data, "pretrain")
+    dry_run.report(model, args, "pretrain")
     runtime.finished(Path(args.out) / "plan.pt", dry_run.command("pretrain.py"))
 
 
@@ -218,7 +218,7 @@ def main(args: Args) -> None:
     # ---- loop
     means = dict(val_caption_loss=("caption_loss", "caption_tokens"),
                  val_patch_loss=("patch_loss", "patches"))
-    val_every, result, clock = args.val_every or max(1, steps // 5), {}, runtime.Clock(first)
+    val_every, result = args.val_every or max(1, steps // 5), {}
     progress = tqdm(range(first, steps), desc="pretrain", initial=first, total=steps,
                     disable=rank > 0, mininterval=1)
     for step in progress:
@@ -231,8 +231,7 @@ def main(args: Args) -> None:
         # Losses are sums, divided by the true counts of the global batch. The labels tell the
         # counts before the first forward pass. Nothing that lies on a GPU is read but in logged
         # steps: the host prepares the next step while the GPU is at this one.
-        with clock("data"):
-            accumulated = [next(batches) for _ in range(0, share, micro)]
+        accumulated = [next(batches) for _ in range(0, share, micro)]
         counts = torch.tensor([
             sum(int((b["labels"] != IGNORE).sum()) for b in accumulated),
             sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated),
@@ -256,12 +255,10 @@ def main(args: Args) -> None:
         if done % args.log_every == 0 or done == steps:
             caption, patch = map(runtime.mean, totals.tolist(), counts.tolist())
             metrics.write(done, caption_loss=caption, patch_loss=patch, grad_norm=norm.item(),
-                          lr=optimizer.param_groups[0]["lr"], **clock.read(done, args.batch_size),
-                          **dataset.metrics())
+                          lr=optimizer.param_groups[0]["lr"], **dataset.metrics())
             progress.set_postfix(caption=caption, patch=patch)
         if validation and (done % val_every == 0 or done == steps):
-            with clock("validation"):
-                result = validation(model, means, autocast)
+            result = validation(model, means, autocast)
             metrics.write(done, **result)
             runtime.log(f"step {done}: {runtime.shown(result)}")
         if done % args.save_every == 0 or done == steps:

@@ -260,31 +260,6 @@ class Validation:
         return {name: mean(*pair) for name, pair in zip(names, totals.tolist())}
 
 
-class Clock:
-    """Samples per second, and the share of the time that the loop waits for data.
-
-    with clock("data"): waits; with clock("validation"): not counted.
-    """
-
-    def __init__(self, step: int):
-        self.step, self.began = step, time.perf_counter()
-        self.seconds = dict(data=0.0, validation=0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, part: str):
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
-
-    def read(self, step: int, batch_size: int) -> dict[str, float]:
-        """{samples_per_second, waiting} since the last call."""
-        total = time.perf_counter() - self.began - self.seconds["validation"]
-        result = dict(samples_per_second=(step - self.step) * batch_size / total,
-                      waiting=self.seconds["data"] / total)
-        self.__init__(step)
-        return result
-
-
 def cosine(step: int, steps: int, warmup: int) -> float:
     """Learning-rate factor of update `step`: linear warm-up to 1, then half a cosine to 0."""
     if step < warmup:

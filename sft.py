@@ -164,11 +164,11 @@ def dry_run(args: Args) -> None:
     from extras import dry_run
 
     config = check_stage(args.checkpoint, "plan")["config"]
-    data, args = args.data, check(args)
+    args = check(args)
     model = PatchAlignedModel(config, dry_run.precision(args), weights=False)
     with torch.device("meta"):
         prepare(model, args)
-    dry_run.report(model, args, data, "sft")
+    dry_run.report(model, args, "sft")
     command = dry_run.command("sft.py").replace("plan.pt", "ckpt.pt")
     print(f"nothing was written; next: {command}, once stage 1 has written its ckpt.pt")
 
@@ -309,7 +309,7 @@ def main(args: Args) -> None:
 
     # ---- loop
     means = dict(val_loss=("caption_loss", "caption_tokens"))
-    val_every, result, clock = args.val_every or max(1, steps // 5), {}, runtime.Clock(first)
+    val_every, result = args.val_every or max(1, steps // 5), {}
     progress = tqdm(range(first, steps), desc="sft", initial=first, total=steps, disable=rank > 0,
                     mininterval=1)
     for step in progress:
@@ -320,8 +320,7 @@ def main(args: Args) -> None:
         # The loss is a sum, divided by the true count of the global batch. The labels tell the
         # count before the first forward pass. Nothing that lies on a GPU is read but in logged
         # steps: the host prepares the next step while the GPU is at this one.
-        with clock("data"):
-            accumulated = [next(batches) for _ in range(0, share, micro)]
+        accumulated = [next(batches) for _ in range(0, share, micro)]
         count = sum(int((b["labels"] != IGNORE).sum()) for b in accumulated)
         count = torch.tensor(count, dtype=torch.float64)
         count = count.to(device, non_blocking=True) if world > 1 else count
@@ -346,12 +345,10 @@ def main(args: Args) -> None:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             loss = runtime.mean(total.item(), count.item())
             metrics.write(done, loss=loss, grad_norm=norm.item(),
-                          lr=optimizer.param_groups[1]["lr"],
-                          **clock.read(done, args.batch_size), **dataset.metrics())
+                          lr=optimizer.param_groups[1]["lr"], **dataset.metrics())
             progress.set_postfix(loss=loss)
         if validation and (done % val_every == 0 or done == steps):
-            with clock("validation"):
-                result = validation(model, means, autocast)
+            result = validation(model, means, autocast)
             metrics.write(done, **result)
             runtime.log(f"step {done}: {runtime.shown(result)}")
         if done % args.save_every == 0 or done == steps:

@@ -34,13 +34,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
-from data import StepSampler, read_records, tokenize
+from data import StepSampler
 from kernels.patch_loss import FUSED_SCRATCH, run_sweep
 from labels import sides
 from model import LoRA
 from runtime import InputError
 
-SAMPLED = 256                   # records whose lengths are looked at
 TARGETS = 4                     # tokens that name a patch, for the size of Y: it hardly matters
 
 # ---- what a GPU does otherwise than the meta device ----------------------------------------------
@@ -315,44 +314,6 @@ def sharded(model, shape: Shape, dtype: torch.dtype, world: int,
                        update_peak=static + 4 * trained // world)
 
 
-# ---- tokens per sample ---------------------------------------------------------------------------
-
-
-class Lengths(NamedTuple):
-    """Tokens per sample, patches included: mean, padded to its micro-batch, longest; first
-    answer."""
-    note: str
-    mean: float
-    padded: float
-    longest: int
-    first: int
-    images: float
-
-
-def lengths(model, path: str, max_length: int, micro: int) -> Lengths:
-    """Of up to SAMPLED records of the file `path`, evenly spaced, or their bound. InputError."""
-    P = model.grid[0] * model.grid[1]
-    if P + 1 >= max_length:
-        raise InputError(f"--max-length {max_length} leaves no room for text beside an image's {P}"
-                         " tokens")
-    if not path or model.tokenizer is None:
-        missing = f"{model.config['llm']} has no tokenizer that can be read"
-        note = f"{missing if path else 'no --data given'}: text up to --max-length {max_length}"
-        return Lengths(f"{note}, all of it answers", *[max_length] * 3, P + 1, 1.0)
-    records = read_records(path)
-    rows = []
-    for i in range(0, len(records), -(-len(records) // SAMPLED)):
-        image = records[i].get("image") is not None
-        where = f"{path}: record {records[i].get('id', i)}"
-        _, labels = tokenize(records[i].get("conversations"), model.tokenizer,
-                             model.config["prompt"], P * image, max_length, where)
-        rows.append((len(labels), next(j for j, t in enumerate(labels) if t >= 0), image))
-    totals, firsts, images = zip(*rows)
-    padded = sum(max(group) * len(group) for group in runtime.split(totals, micro)) / len(totals)
-    return Lengths(f"{len(rows)} of {len(records)} records of {path}", sum(totals) / len(totals),
-                   padded, max(totals), min(firsts), sum(images) / len(images))
-
-
 # ---- report --------------------------------------------------------------------------------------
 
 
@@ -384,28 +345,27 @@ def parameters(model) -> list[list]:
             ["  all", *(f"{sum(column):,}" for column in zip(*counted))]]
 
 
-def report(model, args, data: str, stage: str) -> None:
-    """Print what the run of a stage with checked flags `args` would take.
+def report(model, args, stage: str) -> None:
+    """Print what a run of a stage with checked flags `args` takes; all samples --max-length long.
 
-    model: on the meta device, made ready as the stage makes it; data: the file of its records, ""
-    for none.
+    model: on the meta device, made ready as the stage makes it. InputError: no room for text.
     """
-    dtype, world = precision(args), runtime.world()
+    dtype, world, T = precision(args), runtime.world(), args.max_length
     StepSampler(1, args.batch_size, args.seed, 0, world)    # refuses what processes cannot share
     share = args.batch_size // world
     micro = min(args.micro_batch or share, share)
-    passes, tokens = -(-share // micro), lengths(model, data, args.max_length, micro)
+    passes = -(-share // micro)
     shards, checkpointing = getattr(args, "shard", False), getattr(args, "checkpointing", False)
     P, (V, D) = model.grid[0] * model.grid[1], model.word_embeddings.shape
+    if P + 1 >= T:
+        raise InputError(f"--max-length {T} leaves no room for text beside an image's {P} tokens")
+    shape = Shape(micro, micro, T, P + 1)                   # all of the text is answers
     tables = [parameters(model)]                            # before sharding changes their dtypes
 
-    # FLOPs: a micro-batch of the usual length
-    length, images = round(tokens.padded), round(micro * tokens.images) or 1
-    usual = Shape(micro, images, length, min(tokens.first, length - 1))
-    forward, backward = count_flops(model, usual, dtype, checkpointing)
+    forward, backward = count_flops(model, shape, dtype, checkpointing)
     patch = 0
     if stage == "pretrain" and model.config["patch_loss"] == "softmax":
-        patch = (4 if model.config["patch_weight"] else 2) * images * P * V * D
+        patch = (4 if model.config["patch_weight"] else 2) * micro * P * V * D
     total = (forward["all"] + backward["all"] + patch) * args.batch_size / micro
     unit, name = (1e12, "TFLOP") if total > 1e13 else (1e9, "GFLOP")
     scale = args.batch_size / micro / unit
@@ -416,12 +376,11 @@ def report(model, args, data: str, stage: str) -> None:
     tables.append([[f"{name} per step", "forward", "backward"], *rows,
                    ["  all, both ways", "", total / unit]])
 
-    # memory: a micro-batch of the longest
-    longest, low = Shape(micro, micro, tokens.longest, tokens.first), str(dtype).split(".")[1]
+    low = str(dtype).split(".")[1]
     if shards:
-        used = sharded(model, longest, dtype, world, checkpointing)
+        used = sharded(model, shape, dtype, world, checkpointing)
     else:
-        used = memory(model, longest, dtype, passes > 1, checkpointing)
+        used = memory(model, shape, dtype, passes > 1, checkpointing)
     labels = dict(
         frozen="weights, frozen", trained="weights, trained, float32", gradients="gradients",
         optimizer="AdamW's two moments",
@@ -437,13 +396,11 @@ def report(model, args, data: str, stage: str) -> None:
               ["peak of the update", used["update_peak"]], ["peak", peak]]
     tables.append([[f"{name} per GPU", ""], *[[f"  {k}", size / unit] for k, size in lines]])
 
-    text = tokens.mean - P * tokens.images
     runtime.log(f"dry run of {stage}: {model.config['vision']} ({model.config['image_size']} px)"
                 f" and {model.config['llm']}, {low}\nbatch {args.batch_size} = {world} processes x"
                 f" {passes} x {micro}{', in shards' * shards}"
                 f"{', activations recomputed' * checkpointing}\ntokens per sample: {P} of the"
-                f" image, text {text:.0f}; padded {tokens.padded:.0f}, longest {tokens.longest}"
-                f" ({tokens.note})")
+                f" image, text up to --max-length {T}, all of it answers")
     for rows in tables:
         runtime.log("\n" + runtime.table(rows))
 

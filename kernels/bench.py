@@ -14,9 +14,8 @@ CUDA_VISIBLE_DEVICES= measures a GPU machine's CPU.
 Time: median of `--repeats` calls, after a fifth as many to warm up, on three sets of random inputs
 in turn, provider after provider; all of it twice, so that the difference shows the noise. On a GPU:
 CUDA events, L2 overwritten before each call. Memory: peak above what was there before the call; on
-a CPU (Linux) resident memory, in a process of its own. Error: relative to float64, with NaN in
-uninitialised memory; if one of ours misses its gate, the exit status is 1. Whatever a provider
-raises is its row; delete its line to have it measured again.
+a CPU (Linux) resident memory. Error: relative to float64; if one of ours misses its gate, the exit
+status is 1. Whatever a provider raises is its row; delete its line to have it measured again.
 
 reads:  OUT/rows.jsonl: what is there is not measured again (same device, case, patch_loss.py)
 writes: OUT/rows.jsonl (a line per row, as it comes), OUT/bench.json, OUT/bench.txt (the table)
@@ -29,12 +28,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module, metadata
@@ -55,7 +51,6 @@ from kernels.patch_loss import (  # noqa: E402
     TILES,
     Tile,
     compute_dtype,
-    labelled_rows,
     patch_loss,
     patch_loss_ref_grad,
 )
@@ -223,14 +218,6 @@ def single_target(cross_entropy):
     return loss
 
 
-def compacted(loss):
-    """The labelled rows alone, for those that compute all rows and then ignore some."""
-    def on_rows(i):
-        rows = labelled_rows(i.weights)
-        return loss(i._replace(h=i.h[rows], ids=i.ids[rows], weights=i.weights[rows]))
-    return on_rows
-
-
 def imported(module, function, *arguments, **options):
     """A peer's function, imported when it is called: without the package its row says so."""
     if not CUDA:
@@ -277,8 +264,6 @@ def providers(case: Case) -> list[Provider]:
     peers += family("cut-cross-entropy", single_target, cut, "filter_eps", ("high", None))
     rows = (None, *(r for r in (256, 1024, 4096) if r < case.n))
     peers += family("F.linear_cross_entropy", single_target, torch_chunked, "rows", rows)
-    if case.labelled < 1:
-        peers += [p._replace(name=p.name + ", compacted", loss=compacted(p.loss)) for p in peers]
     own = [Provider(f"ours: {impl}", "", ours(impl), False) for impl in impls]
     return [*own, *peers, Provider("torch.mm", "", bare_products, False)]
 
@@ -296,25 +281,6 @@ def noted(row: dict):
     if CUDA and row["error"]:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """Uninitialised memory holds NaN: what a GPU's allocator gives out next, or torch's switch."""
-    if CUDA:
-        torch.cuda.empty_cache()
-        large = min(24 * 2**30, torch.cuda.mem_get_info()[0] // 2)
-        for size in [2**19] * 64, [large]:      # small blocks come from a pool of their own
-            filled = [torch.full((s // 4,), math.nan, device=DEVICE) for s in size]
-            del filled
-        yield
-        return
-    with warnings.catch_warnings(action="ignore"):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 def step(loss, inputs: Inputs, backward: bool) -> torch.Tensor:
@@ -339,8 +305,7 @@ def errors(case: Case, provider: Provider, inputs: Inputs, expected) -> dict:
     """Errors of loss and gradient (absolute where the truth is 0), and whether ours pass."""
     if provider.name == "torch.mm":             # the floor computes no loss
         return {}
-    with poisoned_memory():
-        value = step(provider.loss, inputs, case.run != "forward")
+    value = step(provider.loss, inputs, case.run != "forward")
     found = {}
     for name, got, want in zip(("loss_error", "grad_error"), (value, inputs.h.grad), expected):
         if got is not None:
@@ -368,27 +333,12 @@ def peak_memory(call) -> int | None:
 
     if sys.platform != "linux":
         return None
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)                # GNU C: what is free goes back
     Path("/proc/self/clear_refs").write_text("5")       # the peak restarts at what is resident now
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
-
-
-def cpu_memory(case: Case, name: str, setting: str, threads: int) -> int | None:
-    """Peak bytes of one call of a provider, in a process that only does this."""
-    torch.set_num_threads(threads)
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(-3, 2**16)            # freed blocks go back at once (GNU C)
-    loss = next(p.loss for p in providers(case) if (p.name, p.setting) == (name, setting))
-    step(loss, make_inputs(dataclasses.replace(case, n=8, v=64), 0), True)   # libraries load
-    inputs = make_inputs(case, 0)
-    return peak_memory(partial(step, loss, inputs, case.run != "forward"))
-
-
-def in_own_process(function, *arguments):
-    """The function's result from a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 @cache
@@ -448,12 +398,8 @@ def measure_case(case: Case, wanted: list[Provider], repeats: int, write) -> Non
                 row |= errors(case, p, sets[0], expected)
                 row["unit_w_bytes"] = sets[0].w_hat.nbytes * p.unit_w
                 sets[0].h.grad = None
-                if case.run != "check" and CUDA:
+                if case.run != "check":
                     row["memory_bytes"] = peak_memory(partial(calls[p], 0))
-                elif case.run != "check":
-                    threads = torch.get_num_threads()
-                    row["memory_bytes"] = in_own_process(cpu_memory, case, p.name, p.setting,
-                                                         threads)
         if case.run != "check":
             time_all(calls, rows, repeats)
     except BaseException:                       # a dead GPU, Ctrl-C: only failures are kept as rows

@@ -19,19 +19,11 @@ pytestmark = pytest.mark.skipif(
 SHAPE, CASE = "37x24x101", bench.Case(37, 24, 101)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Memory is measured here, without seconds of imports for each row."""
-    monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
-
-
 def rows(out):
     return [row for row in bench.read_rows(out / "rows.jsonl") if "case" in row]
 
 
-def test_everyone_has_a_row_and_a_second_call_measures_what_is_missing(
-    tmp_path, in_this_process, monkeypatch
-):
+def test_everyone_has_a_row_and_a_second_call_measures_what_is_missing(tmp_path, monkeypatch):
     args = bench.Args(out=str(tmp_path), shapes=SHAPE, repeats=2)
     bench.main(args)
     first = rows(tmp_path)
@@ -92,16 +84,12 @@ def test_whoever_raises_is_a_row_with_the_error_and_the_others_go_on(tmp_path, m
         and len(ours["time_ms"]) == 2
     )
     assert "no such kernel" in bench.table([dict(row, device="here") for row in measured])
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("fault", [1e-4, math.nan, "unwritten"])
-def test_a_wrong_implementation_misses_its_gate(tmp_path, in_this_process, monkeypatch, fault):
+@pytest.mark.parametrize("fault", [1e-4, math.nan])
+def test_a_wrong_implementation_misses_its_gate(tmp_path, monkeypatch, fault):
     def wrong(i):
-        error = (
-            i.w.new_empty(1).isnan().sum() if fault == "unwritten" else fault
-        )  # right, unless what nobody wrote is NaN
-        return bench.ours("reference")(i) * (1 + error)
+        return bench.ours("reference")(i) * (1 + fault)
 
     monkeypatch.setattr(bench, "providers", lambda case: [bench.Provider("ours: wrong", "", wrong)])
     with pytest.raises(SystemExit) as stopped:
@@ -124,8 +112,7 @@ def irregular():
 @pytest.mark.parametrize(
     "form", ["single target", "F.linear_cross_entropy", "definition", "chunked"]
 )
-@pytest.mark.parametrize("compact", [False, True])
-def test_every_form_of_the_loss_is_the_float64_reference(form, compact):
+def test_every_form_of_the_loss_is_the_float64_reference(form):
     if form == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("needs torch 2.13")
     loss = {
@@ -138,7 +125,7 @@ def test_every_form_of_the_loss_is_the_float64_reference(form, compact):
     }[form]
     inputs = irregular()
     value, gradient = bench.truth(inputs)
-    got = bench.step(bench.compacted(loss) if compact else loss, inputs, True)
+    got = bench.step(loss, inputs, True)
     assert (got - value).abs() < 1e-6 * value  # w_hat went through float32
     assert (inputs.h.grad - gradient).norm() < 1e-6 * gradient.norm()
     assert (bench.step(loss, inputs, False) - value).abs() < 1e-6 * value and inputs.h.grad is None
