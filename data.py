@@ -23,16 +23,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from labels import (
-    encode_text,
-    patch_targets,
-    patch_words,
-    region_kind,
-    region_phrase,
-    sides,
-    transform_image,
-    view_box,
-    word_ids,
-)
+    encode_text, patch_targets, patch_words, region_kind, region_phrase, sides, transform_image,
+    view_box, word_ids)
 from runtime import InputError
 
 IMAGE_TOKEN = -200  # stands for one patch among the token ids; model.splice puts a row of H there

@@ -35,24 +35,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    masking_utils,
-)
+    AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, masking_utils)
 from transformers.utils import logging
 
 from backbones.loading import (
-    check_encoder,
-    embedding_scale,
-    encoder_input,
-    find_model,
-    load_backbone,
-    native_grid,
-    patchify,
-    read_processor,
-)
+    check_encoder, embedding_scale, encoder_input, find_model, load_backbone, native_grid, patchify,
+    read_processor)
 from data import IGNORE, IMAGE_TOKEN, Records, end_ids, read_records
 from kernels.patch_loss import cosine_loss, patch_loss
 from labels import sides

@@ -21,10 +21,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+    StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -34,13 +31,7 @@ import runtime
 from data import IGNORE, PROMPTS, StepSampler
 from labels import GEOMETRIES
 from model import (
-    PatchAlignedModel,
-    load_checkpoint,
-    load_trained,
-    merge_lora,
-    read_checkpoint,
-    save_checkpoint,
-)
+    PatchAlignedModel, load_checkpoint, load_trained, merge_lora, read_checkpoint, save_checkpoint)
 from runtime import InputError
 
 # ---- Args ----------------------------------------------------------------------------------------

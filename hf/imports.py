@@ -9,12 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlavaConfig,
-)
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig)
 from transformers import LlavaForConditionalGeneration as Llava
 
 import runtime

@@ -47,13 +47,7 @@ import runtime  # noqa: E402
 from data import IGNORE, IMAGE_TOKEN  # noqa: E402
 from kernels import patch_loss as kernel  # noqa: E402
 from kernels.patch_loss import (  # noqa: E402
-    IMPLEMENTATIONS,
-    TILES,
-    Tile,
-    compute_dtype,
-    patch_loss,
-    patch_loss_ref_grad,
-)
+    IMPLEMENTATIONS, TILES, Tile, compute_dtype, patch_loss, patch_loss_ref_grad)
 from runtime import InputError  # noqa: E402
 
 CUDA = torch.cuda.is_available()

@@ -8,18 +8,7 @@
 Every stage reads data/toy as it reads any data set; no stage knows that it is a toy.
 """
 from toy.records import (
-    DATA,
-    LLM,
-    PRETRAIN,
-    SFT,
-    SPLITS,
-    VERSION,
-    VISION,
-    build,
-    clear,
-    ensure,
-    ensure_once,
-)
+    DATA, LLM, PRETRAIN, SFT, SPLITS, VERSION, VISION, build, clear, ensure, ensure_once)
 from toy.world import SIZE
 
 __all__ = ["DATA", "LLM", "PRETRAIN", "SFT", "SIZE", "SPLITS", "VERSION", "VISION", "build",

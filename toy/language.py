@@ -3,16 +3,7 @@ import re
 
 import numpy as np
 
-from toy.world import (
-    BACKGROUNDS,
-    COLORS,
-    HELD_OUT,
-    SHAPES,
-    SIZE,
-    TEXTURES,
-    Scene,
-    Thing,
-)
+from toy.world import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZE, TEXTURES, Scene, Thing
 
 RELATIONS = {                                       # pixels; true when clearly positive
     "to the left of": lambda a, b: b.x - a.x, "to the right of": lambda a, b: a.x - b.x,

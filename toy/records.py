@@ -23,16 +23,7 @@ import runtime
 from labels import encode_rle
 from runtime import InputError
 from toy.language import (
-    REFER,
-    article,
-    box_text,
-    caption,
-    conversation,
-    description,
-    instructions,
-    questions,
-    referred,
-)
+    REFER, article, box_text, caption, conversation, description, instructions, questions, referred)
 from toy.world import Scene, distracted, render, sample_scene, unheard_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,18 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from toy.language import (
-    REFER,
-    RELATIONS,
-    article,
-    box_text,
-    caption,
-    description,
-    full_box,
-    instructions,
-    questions,
-    referred,
-    referring,
-)
+    REFER, RELATIONS, article, box_text, caption, description, full_box, instructions, questions,
+    referred, referring)
 from toy.world import COLORS, SHAPES, SIZE, TEXTURES, Scene, sample_scene, visible
 
 AXES = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}
