@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The comparison on photographs: DINOv2-S and SmolLM2-135M on Flickr8k with phrase boxes, through reproduce.py.
+# The comparison on photographs, through reproduce.py: DINOv2-S and SmolLM2-135M on Flickr8k with
+# phrase boxes.
 #
-#   bash docs/photographs.sh DATA cpu                  # what the README reports: one seed, 64 patches, 8,000 captions, 4,000 conversations
-#   bash docs/photographs.sh DATA gpu --budget 540     # three seeds, 256 patches, whole epochs; again, until it says "wrote"
+#   bash docs/photographs.sh DATA cpu               # docs/results.md: one seed, 64 patches
+#   bash docs/photographs.sh DATA gpu --budget 540  # three seeds, 256 patches, three epochs; again
 #
-# DATA holds dinov2-small/ and smollm2-135m/ (Hugging Face folders), images/ (Flickr8k's) and flickr8k.jsonl.gz (see docs/flickr8k.py).
-# Flags after the second are those of reproduce.py. On two CPU cores it takes two hours and 10 GB of memory.
+# DATA holds dinov2-small/ and smollm2-135m/ (Hugging Face folders), images/ (Flickr8k's) and
+# flickr8k.jsonl.gz (see docs/flickr8k.py). Flags after the second are those of reproduce.py. On two
+# CPU cores it takes two hours and 10 GB of memory.
 set -euo pipefail
 data=$(realpath "$1") how=$2
 shift 2
@@ -15,17 +17,24 @@ python docs/flickr8k.py "$data/flickr8k.jsonl.gz" --out "$records"
 for name in val val_sft; do head -200 "$records/$name.jsonl" > "$records/${name}200.jsonl"; done
 
 case $how in
-cpu) seeds=1 size=112 pretrain="--batch-size 16 --micro-batch 8 --steps 500 --save-every 100"
-     sft="--batch-size 16 --micro-batch 8 --lr 3e-4 --projector-lr 3e-4 --steps 250 --val-every 250 --save-every 50" ;;
-gpu) seeds=3 size=224 pretrain="--batch-size 64 --steps 1406 --save-every 100"                            # three epochs of the 30,000 captions
-     sft="--batch-size 32 --lr 3e-4 --projector-lr 3e-4 --steps 562 --save-every 100" ;;                  # three of the 6,000 conversations
+cpu)
+  seeds=1 size=112
+  pretrain="--batch-size 16 --micro-batch 8 --steps 500 --save-every 100"
+  sft="--batch-size 16 --micro-batch 8 --lr 3e-4 --projector-lr 3e-4 --steps 250 \
+       --val-every 250 --save-every 50" ;;
+gpu)  # three epochs of the 30,000 captions, and of the 6,000 conversations
+  seeds=3 size=224
+  pretrain="--batch-size 64 --steps 1406 --save-every 100"
+  sft="--batch-size 32 --lr 3e-4 --projector-lr 3e-4 --steps 562 --save-every 100" ;;
 *) echo "error: $how: say cpu or gpu" >&2; exit 2 ;;
 esac
 
+models="--vision $data/dinov2-small --llm $data/smollm2-135m --image-size $size --geometry stretch"
+tests="$records/test_caption.jsonl $records/test_refer.jsonl $records/test_exist.jsonl"
 python reproduce.py --out runs/photographs --variants caption-only patch-aligned --seeds "$seeds" \
-  --pretrain-flags "--vision $data/dinov2-small --llm $data/smollm2-135m --data $records/train.jsonl --val-data $records/val200.jsonl \
-                    --image-size $size --geometry stretch $common $pretrain" \
+  --pretrain-flags "--data $records/train.jsonl --val-data $records/val200.jsonl $models $common \
+                    $pretrain" \
   --probe-flags "--data $records/test.jsonl --image-dir $data/images" \
   --caption-eval-flags "--data $records/test_caption.jsonl $common" \
   --sft-flags "--data $records/train_sft.jsonl --val-data $records/val_sft200.jsonl $common $sft" \
-  --eval-flags "--data $records/test_caption.jsonl $records/test_refer.jsonl $records/test_exist.jsonl $common" "$@"
+  --eval-flags "--data $tests $common" "$@"
