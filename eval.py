@@ -16,8 +16,7 @@ are compared on the same draws.
 reads:  checkpoints; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
         answers the last request, earlier turns are context. Without "answer", what the record
         itself says there is the answer; without "task", one answer about an image is a caption
-writes: eval.json and predictions.jsonl beside each ckpt.pt (eval-NAME.json beside NAME.pt), or in
-OUT
+writes: eval.json, predictions.jsonl beside each ckpt.pt (eval-NAME.json beside NAME.pt), or in OUT
 """
 import json
 import math

@@ -136,8 +136,7 @@ def check(args: Args) -> Args:
 
 
 def dry_run(args: Args) -> None:
-    """Print what the run would take, from configurations alone; write them for stage 2's dry
-    run."""
+    """Print what the run would take; write its configurations for stage 2's dry run."""
     from extras import dry_run
 
     args = check(args)

@@ -1,8 +1,8 @@
 """Stage 2: train the projector and the language model on conversations; loss on the answers only.
 
     torchrun sft.py runs/pretrain/ckpt.pt                    # the toy world; `python` is the same
-    torchrun sft.py runs/pretrain/ckpt.pt --tune lora --merge      # low-rank factors, merged at
-    last torchrun --nproc_per_node 8 sft.py runs/pretrain/ckpt.pt --shard --checkpointing \\
+    torchrun sft.py runs/pretrain/ckpt.pt --tune lora --merge      # low-rank factors, then merged
+    torchrun --nproc_per_node 8 sft.py runs/pretrain/ckpt.pt --shard --checkpointing \\
              --data llava_v1_5_mix665k.json --image-dir images     # a model that outgrows one GPU
     WORLD_SIZE=8 python sft.py runs/llava-1.5-7b/pretrain/plan.pt \\
              @presets/llava-1.5-7b.sft.txt --dry-run               # what it would take on 8 GPUs

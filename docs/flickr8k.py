@@ -1,19 +1,17 @@
-"""Records of the comparison on photographs, from Flickr8k with the phrase boxes of Flickr30k
-Entities.
+"""Records of the comparison on photographs: Flickr8k, with Flickr30k Entities' phrase boxes.
 
     python docs/flickr8k.py flickr8k.jsonl.gz --out data/flickr8k
 
-reads:  a (gzipped) JSONL file, a line per image: {"image", "split": train | dev | test, "captions":
-[..],
-        "regions": [{"phrase", "bbox": [x0, y0, x1, y1] in pixels, "entity"}]}, and --size, the
-        images' (width, height)
-writes: OUT/{train,val,test}.jsonl           a record per training caption, one per other image,
-with regions   (pretrain.py, probe.py)
-        OUT/{train,val}_sft.jsonl            per image a conversation: a caption or what is there,
-        then boxes of phrases   (sft.py) OUT/test_{caption,refer,exist}.jsonl five references each;
-        phrases with one box; yes or no           (eval.py)
+reads:  JSONL, gzipped or not, a line per image: {"image", "split": train | dev | test,
+        "captions": [..], "regions": [{"phrase", "bbox": [x0, y0, x1, y1] in pixels, "entity"}]};
+        and --size, the images' (width, height)
+writes: OUT/{train,val,test}.jsonl     with regions, for pretrain.py and probe.py: a record per
+                                       training caption, one per other image
+        OUT/{train,val}_sft.jsonl      for sft.py, a conversation per image: a caption or what is
+                                       there, then boxes of phrases
+        OUT/test_{caption,refer,exist}.jsonl      for eval.py: five references each; phrases with
+                                       one box; yes or no
 """
-
 import argparse
 import gzip
 import json
@@ -21,11 +19,8 @@ import random
 import re
 from pathlib import Path
 
-DESCRIBE, REFER, EXIST = (
-    "Describe the image.",
-    "Give the bounding box of: {}",
-    "Is there {} in the image?",
-)
+DESCRIBE = "Describe the image."
+REFER, EXIST = "Give the bounding box of: {}", "Is there {} in the image?"
 SPLITS = {"train": "train", "dev": "val", "test": "test"}
 
 

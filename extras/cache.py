@@ -39,23 +39,25 @@ class FeatureCache(torch.utils.data.Dataset):
         self.dtype = next(model.encoder.parameters()).dtype
         row_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
         stats = [os.stat(Path(records.image_dir) / name) for name in names]
-        files = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats)]
+        stamps = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats)]
         key = dict(
             encoder=model.config["vision"], weights=fingerprint(model.encoder),
             feature_layer=model.config["feature_layer"], dtype=str(self.dtype),
             shape=self.shape, image_form=records.image_form,
             image_dir=str(Path(records.image_dir or "").resolve()), images=len(names),
-            files=hashlib.sha256(json.dumps(files).encode()).hexdigest())
+            files=hashlib.sha256(json.dumps(stamps).encode()).hexdigest())
         text = json.dumps(key, indent=1)
         code = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = Path(folder) / f"{Path(model.config['vision']).name}-{code}.features"
         there, lengths = path.with_suffix(".there"), [len(names) * row_bytes, len(names) * 8]
+        files = list(zip((path, there), lengths))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.with_suffix(".json").exists()
+            whole = path.with_suffix(".json").exists() and all(
+                file.exists() and file.stat().st_size == length for file, length in files)
             runtime.barrier()                               # every process has looked
-            if new and int(os.environ.get("LOCAL_RANK", 0)) == 0:       # a folder per machine
-                for file, length in zip((path, there), lengths):
+            if not whole and int(os.environ.get("LOCAL_RANK", 0)) == 0:     # a folder per machine
+                for file, length in files:
                     with runtime.atomic(file) as temporary, open(temporary, "wb") as handle:
                         if length:                          # a full disk is an error now, not later
                             os.posix_fallocate(handle.fileno(), 0, length)

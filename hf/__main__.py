@@ -1,8 +1,7 @@
 """Checkpoints to and from LLaVA folders of transformers.
 
-    python -m hf export runs/sft/ckpt.pt OUT        # a folder that plain transformers generates
-    from python -m hf import llava-hf/llava-1.5-7b-hf runs/llava/ckpt.pt     # for eval.py and
-    sft.py
+    python -m hf export runs/sft/ckpt.pt OUT        # for plain transformers, which needs no more
+    python -m hf import llava-hf/llava-1.5-7b-hf runs/llava/ckpt.pt     # for eval.py and sft.py
 
 reads:  a checkpoint and its backbones; or a folder or hub name
 writes: the new folder OUT; or a checkpoint, with the folders vision/ and llm/ beside it

@@ -1,5 +1,4 @@
-"""LLaVA folders, hub names and mm_projector.bin -> checkpoints; see hf/__init__.py for the
-table."""
+"""LLaVA folders, hub names and mm_projector.bin -> checkpoints; the table is in hf/__init__.py."""
 import contextlib
 import shutil
 import tempfile

@@ -3,9 +3,8 @@
 Three parts, each from fixed seeds and from scratch: a tokenizer, a small CLIP on captions alone (it
 never sees a region; vision.py), and a small Llama on text alone (texts.py).
 
-writes: backbones/toy-llama (tokenizer and language model), backbones/toy-clip (the image half of
-the
-        CLIP), both in half precision; backbones/report.json, what they reach on unseen scenes
+writes: backbones/toy-llama (tokenizer and language model) and backbones/toy-clip (the image half
+        of the CLIP), both in half precision; backbones/report.json, what they reach on new scenes
 """
 import itertools
 import json
