@@ -128,8 +128,7 @@ def image_path(record, image_dir, where):
 def open_image(path, where):
     """The image at `path`, upright (EXIF orientation applied), RGB: what regions refer to.
 
-    Transparent pixels show white; 16-bit grey becomes 8 bits. InputError: missing, truncated or not
-    an image.
+    Transparent pixels show white; 16-bit grey becomes 8 bits. InputError: missing, cut or no image.
     """
     try:
         with Image.open(path) as image:
@@ -491,8 +490,7 @@ class StepSampler:
 
     Epochs are seeded permutations of the records laid end to end; step s is the s-th run of
     batch_size of them (it may span two epochs). A rank takes a contiguous share: the shares of
-    ranks 0, 1, ... in order are the batch of one process, so the number of processes changes no
-    data.
+    ranks 0, 1, ... in order are the batch of one process, so their number changes no data.
     """
 
     def __init__(self, length, batch_size, seed, rank=0, world=1):

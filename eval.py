@@ -176,8 +176,7 @@ CAPTION = {**{f"BLEU-{n}": bleu(n) for n in ORDERS}, "ROUGE-L": mean(1), "CIDEr"
 
 
 def caption_scores(candidates, references):
-    """{BLEU-1, .., BLEU-4, ROUGE-L, CIDEr} of n captions, as pycocoevalcap gives for the same
-    words.
+    """{BLEU-1, .., BLEU-4, ROUGE-L, CIDEr} of n captions, as pycocoevalcap for the same words.
 
     candidates: n texts; references: n lists of one or more texts. CIDEr is CIDEr-D, from 0 to 10.
     InputError: no captions, other numbers of them, or one without a reference.

@@ -9,8 +9,7 @@
 The encoder is any vision transformer, the language model any causal one, that transformers' Auto
 classes load. What differs between families (tokens before the patches, grid, pixel statistics,
 scale of the embeddings, chat template) is read from the model's own files. Stage 1 trains the
-projector alone, stage 2 the language model as well: all of it, or low-rank factors beside its
-linear maps.
+projector alone, stage 2 the language model as well: all of it, or low-rank factors (LoRA).
 
 The one legend of symbols, used in all files:
 
@@ -197,8 +196,7 @@ class PatchAlignedModel(nn.Module):
                places: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings (B, T, D), with the rows of H (N, P, D) in the places of IMAGE_TOKEN.
 
-        places (N P,): indices into the flat ids; looking them up would make the host wait for a
-        GPU.
+        places (N P,): indices into the flat ids; looking them up would mean waiting for a GPU.
         """
         if places is None:
             places = (input_ids.flatten() == IMAGE_TOKEN).nonzero().squeeze(1)
@@ -287,9 +285,11 @@ class PatchAlignedModel(nn.Module):
 
 @contextlib.contextmanager
 def never_packed():
-    """Our samples are never packed into one row. Without a mask transformers looks for that in the
-    positions, and the host waits for a GPU's answer in every forward pass; here it does not
-    look."""
+    """Our samples are never packed into one row.
+
+    Without a mask transformers looks for that in the positions, in every forward pass, and the host
+    waits for a GPU's answer. Here it does not look.
+    """
     look = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

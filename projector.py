@@ -68,8 +68,7 @@ def convolution(inner: int, outer: int, size: int, groups: int = 1) -> nn.Sequen
 
 
 class Bottleneck(nn.Module):
-    """RegNet's Y block (Radosavovic et al., CVPR 2020): 1 x 1, depthwise 3 x 3, squeeze and
-    excite."""
+    """RegNet's Y block (Radosavovic et al., CVPR 2020): 1 x 1, depthwise 3 x 3, squeeze, excite."""
 
     def __init__(self, inner: int, outer: int):
         super().__init__()

@@ -250,8 +250,7 @@ def finish(stage: Stage, code: int) -> None:
 def run_all(plan: list[tuple[str, int]], args: Args, until: float) -> bool:
     """Run what has not run, each cell's stages in order -> whether all has run by `until`.
 
-    `args.jobs` cells at a time. InputError: a stage failed. However it ends, no stage is left
-    running.
+    `args.jobs` cells at a time. InputError: a stage failed. However it ends, none is left running.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, os.cpu_count() // args.jobs))
     here, running, bar = runtime.machine(), {}, tqdm(desc="stages", smoothing=0)

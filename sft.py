@@ -9,7 +9,7 @@
 
 Encoder, projector and language model are those that the checkpoint names. Prompt and geometry may
 change: LLaVA crops the images of stage 1 and pads those of stage 2. Records may have several turns,
-and no image.
+and need no image.
 
 reads:  a checkpoint of pretrain.py or of python -m hf import, records (data.py)
 writes: OUT/ckpt.pt (projector and language model, or its LoRA factors), OUT/metrics.jsonl,

@@ -56,8 +56,7 @@ class Shapes(TorchFunctionMode):
     """Runs on tensors without numbers what was written for a GPU: LOW in `dtype`, HIGH in float32.
 
     These are torch.autocast's rules, which the meta device lacks; with float32 there are none.
-    copies: of trained weights in `dtype`, which autocast keeps while it is on, {id: (weight,
-    copy)}.
+    copies: {id: (weight, copy)} of trained weights in `dtype`, which autocast keeps while on.
     """
 
     def __init__(self, dtype: torch.dtype):

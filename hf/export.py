@@ -158,8 +158,7 @@ def to_llava(model: PatchAlignedModel, image_token: int, dtype: torch.dtype) -> 
 
 @contextlib.contextmanager
 def new_folder(out: Path):
-    """A temporary folder beside `out` to fill, renamed to it on success. InputError: it is
-    there."""
+    """A folder to fill, renamed to `out` on success. InputError: that is there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already there; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)

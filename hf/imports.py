@@ -59,8 +59,7 @@ def geometry_of(name: str, settings: dict) -> str:
 
 
 def projector_of(name: str, llava: Llava) -> tuple[str, dict[str, torch.Tensor]]:
-    """-> (kind, its tensors as a checkpoint names them). InputError: two linear maps that are not
-    one."""
+    """-> (kind, its tensors as a checkpoint names them). InputError: we have no such projector."""
     projector = llava.model.multi_modal_projector
     maps = [(m.weight.detach().float(),
              torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float())
@@ -77,8 +76,7 @@ def projector_of(name: str, llava: Llava) -> tuple[str, dict[str, torch.Tensor]]
 
 @torch.no_grad()
 def split(llava: Llava, words: int, folder: Path) -> None:
-    """Write the backbones as folders vision/ and llm/, with the first `words` rows of the
-    tables."""
+    """Write the backbones as vision/ and llm/, with the first `words` rows of the tables."""
     llava.model.vision_tower.save_pretrained(folder / "vision")
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llava.config.text_config)
@@ -107,8 +105,7 @@ def check_tower(name: str, llava: Llava, size: tuple[int, int], patches: int) ->
 
 
 def import_folder(name: str, path) -> None:
-    """Folder or hub name -> checkpoint `path`, with the backbones beside it. InputError: a
-    misfit."""
+    """Folder or hub name -> checkpoint `path`, backbones beside it. InputError: a misfit."""
     path = Path(path)
     folders = [path.parent / part for part in ("vision", "llm")]
     for file in (path, *folders):

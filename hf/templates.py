@@ -151,8 +151,7 @@ def exported_tokenizer(own, prompt: str, where: str) -> tuple[PreTrainedTokenize
     """Our tokenizer, of the model that `where` names, for a processor -> (tokenizer, template).
 
     It knows <image>, and puts in by itself only those special tokens that our prompt has.
-    InputError: one without the rules of the tokenizers library, or no template gives the same
-    tokens.
+    InputError: one that has no rules of the tokenizers library; no template gives these tokens.
     """
     if getattr(own, "backend_tokenizer", None) is None:
         raise InputError(f"{where}: its {type(own).__name__} has no tokenizer.json, which an export"

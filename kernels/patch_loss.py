@@ -129,8 +129,7 @@ def patch_loss_ref(h, w, ids, weights, tau):
 
 
 def patch_loss_ref_grad(h, w, ids, weights, tau):
-    """The gradient of loss_sum by h, as it is derived above, with the full matrix -> (n, D) in h's
-    dtype."""
+    """The gradient of loss_sum by h, as derived above, with the full matrix -> (n, D) as h."""
     dtype = compute_dtype(h)
     rows = labelled_rows(weights)
     x, w, ids, weights = h[rows].to(dtype), w.to(dtype), ids[rows], weights[rows].to(dtype)
@@ -239,8 +238,7 @@ def run_sweep(sweep, h, w, ids, weights, tau):
 
 
 def patch_loss_chunked(h, w, ids, weights, tau):
-    """The same loss in bounded memory -> (loss_sum, labelled). Raises ValueError if exp could
-    overflow."""
+    """The same loss in bounded memory -> (loss_sum, labelled). ValueError: exp could overflow."""
     return run_sweep(chunked_sweep, h, w, ids, weights, tau)
 
 
@@ -445,8 +443,7 @@ def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse,
 def gradient_kernel(e, w, grad, order, x, scale, along, count, first, R, V, D, stride_w, stride_x,
                     stride_e, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                     TMA: tl.constexpr, PRECISION: tl.constexpr):
-    """Product 2: g = scale (E w) - along x, written to the rows of grad (n, D) from which x
-    came."""
+    """Product 2: g = scale (E w) - along x, written to those rows of grad (n, D) that x is from."""
     rows = tl.minimum(tl.load(count).to(tl.int32) - first, R)
     row_tiles = tl.cdiv(rows, BM)
     tiles = row_tiles * tl.cdiv(D, BN)
@@ -480,8 +477,7 @@ def gradient_kernel(e, w, grad, order, x, scale, along, count, first, R, V, D, s
 @jit
 def exp_kernel(dots, e, x_inverse, w_inverse, unit, total_part, q_part, count, first, V, stride_e,
                log2_per_cosine, BLOCK: tl.constexpr, GRAD: tl.constexpr):
-    """The epilogue of product 1 for dots (R, V) in float32. One program per row: there is one
-    part."""
+    """The epilogue of product 1 for dots (R, V) in float32; one program, so one part, per row."""
     i_row = tl.program_id(0)
     if first + i_row >= tl.load(count):
         return
@@ -713,12 +709,10 @@ def mask_outside(ids, weights, v):
 
 
 def check_inputs(h, w, ids, weights):
-    """Raise a ValueError of one line that names the argument -> (ids with 0 in place of padding,
-    weights).
+    """-> (ids with 0 in place of padding, weights). ValueError: one line, names the argument.
 
     Ids outside the vocabulary raise too on a CPU. Elsewhere the answer would have to be waited for;
-    there they become id 0 with weight NaN, so that no memory is read out of bounds and the loss
-    shows it.
+    there they become id 0 with weight NaN: no memory is read out of bounds, and the loss shows it.
     """
     if h.ndim != 2 or not h.is_floating_point():
         raise ValueError(f"h: expected floating-point (n, D), got {h.dtype} {tuple(h.shape)}")
@@ -740,8 +734,7 @@ def check_inputs(h, w, ids, weights):
 
 
 def patch_loss(h, w, ids, weights, tau, *, impl=None):
-    """Softmax cross-entropy of patches against the vocabulary, with a target distribution per
-    patch.
+    """Softmax cross-entropy of patches against the vocabulary; each patch has a distribution.
 
     h        (n, D) patch embeddings, any floating dtype; differentiable
     w        (V, D) word embeddings, any floating dtype; a constant, it never gets a gradient
@@ -749,15 +742,13 @@ def patch_loss(h, w, ids, weights, tau, *, impl=None):
     weights  (n, K) float target distribution; 0 = padding, a row of zeros = unlabelled patch
     tau      temperature of the softmax over cosine similarities
     impl     "triton" (default on a GPU), "cublas" (to compare with it), "chunked" (default on a
-    CPU) or "reference" (the full n x V
-             matrix)
+             CPU) or "reference" (the full n x V matrix)
 
     Returns (loss_sum, labelled): the sum of loss_i over the labelled rows, a scalar in float32
     (float64 if h is), and their number, a 0-d int64 tensor. Nothing labelled gives 0 with a
     gradient of zeros. Raises ValueError for wrong shapes, ids outside the vocabulary (on a GPU,
     where looking would mean waiting, they give a loss of NaN instead), an unknown or unavailable
-    impl, and a tau too small for float32 (all but "reference"). "triton" and "cublas" never wait
-    for the GPU.
+    impl, and a tau too small for float32 (all but "reference"). "triton" and "cublas" never wait.
     """
     impl = impl or default_impl(h, w)
     if impl not in IMPLEMENTATIONS:

@@ -90,8 +90,7 @@ def referring(scene: Scene, rng) -> list[tuple[int, str]]:
 
 
 def referred(scene: Scene, masks: list, rng) -> dict[int, tuple[str, list[int]]]:
-    """{object: (expression, pixel box of its visible part)}, of those that are not all but
-    hidden."""
+    """{object: (expression, pixel box of its visible part)}, of those in sight."""
     boxes = {}
     for index, expression in referring(scene, rng):
         ys, xs = np.nonzero(masks[index])
@@ -104,8 +103,7 @@ def referred(scene: Scene, masks: list, rng) -> dict[int, tuple[str, list[int]]]
 def box_text(box) -> str:
     """A pixel box in words: [.12 .30 .45 .62], relative to the image's side.
 
-    Short and without leading zeros, so that a small model need not tell four equal beginnings
-    apart.
+    Short, without leading zeros: a small model need not tell four equal beginnings apart.
     """
     return "[" + " ".join(f".{min(99, round(100 * v / SIZE)):02d}" for v in box) + "]"
 

@@ -125,8 +125,7 @@ def clear(folder: Path) -> None:
 
 
 def ensure(folder: Path = DATA) -> Path:
-    """The data folder, built if it is missing or of another version. Others wait for the
-    builder."""
+    """The data folder, built if missing or of another version; others wait for the builder."""
     def built():
         version = folder / "version"
         return version.exists() and version.read_text() == str(VERSION)

@@ -81,8 +81,7 @@ def drill(rng, count: int, boxes: bool) -> Text:
 
 
 def grid(scene: Scene, masks: list, rng) -> str:
-    """The scene as 8 x 8 words, row by row: each names what covers a quarter of its cell or
-    more."""
+    """The scene as 8 x 8 words, row by row: each names what covers a quarter of its cell."""
     share = np.stack([m.reshape(8, 12, 8, 12).mean((1, 3)) for m in masks])     # (things + 1, 8, 8)
     names = [t.phrase.split() for t in scene.things] + [[scene.light, scene.background]]
     cells = [[w for i in np.nonzero(share[:, y, x] >= 0.25)[0] for w in names[i]]

@@ -33,8 +33,7 @@ def mirrored(scene: Scene) -> Scene:
 def draw(seed: int, count: int, alone: float) -> tuple[torch.Tensor, list, np.ndarray]:
     """Pixels (count, 3, SIZE, SIZE) uint8, scenes, whose each pixel is (count, SIZE, SIZE).
 
-    A share `alone` has one object only: there a shape is all that parts a caption and its near
-    miss.
+    A share `alone` has one object only: there a shape alone parts a caption and its near miss.
     """
     pixels, scenes = np.empty((count, 3, SIZE, SIZE), np.uint8), []
     owners = np.empty((count, SIZE, SIZE), np.uint8)
@@ -50,8 +49,7 @@ def draw(seed: int, count: int, alone: float) -> tuple[torch.Tensor, list, np.nd
 
 
 class Teacher(torch.nn.Module):
-    """The encoder with what teaches it: CLIP's contrastive loss, and a decoder that captions from
-    Z.
+    """The encoder with what teaches it: CLIP's contrastive loss, a decoder that captions from Z.
 
     The decoder (as in CoCa, Yu et al., TMLR 2022) must find, patch by patch, which texture and
     shape belong to a colour; a contrastive loss alone is content with knowing which are somewhere.
