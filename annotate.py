@@ -226,8 +226,7 @@ def write_part(source, out: Path, header: dict) -> None:
         for start in tqdm(starts, desc="annotate", unit=f" x {batch} images", disable=rank > 0):
             numbers = range(start, min(start + batch, source.count))
             for number, (records, problems) in zip(numbers, source.convert(numbers)):
-                if not done[number]:
-                    file.write(part_line(number, records, problems))
+                file.write(part_line(number, records, problems))
             file.flush()
 
 

@@ -33,25 +33,28 @@ def read(args) -> Source:
     dtype = runtime.precision(device, args.dtype)
     annotator = Annotator(args.tagger, args.detector, args.segmenter, device, dtype, args.threshold)
 
-    def annotated(asked: list[tuple], places: list[tuple[str, list[str]]]) -> list:
-        """(image, caption, name) of several -> (caption, regions) of each, None if models fail."""
+    def annotated(waiting: list[tuple]) -> list[tuple[str, list[dict]] | None]:
+        """Of each (image, caption, name, where, problems): its caption and regions.
+
+        None where the models fail.
+        """
         try:
-            return annotator(*map(list, zip(*asked)))
+            return annotator(*([own[i] for own in waiting] for i in range(3)))
         except torch.OutOfMemoryError:
             raise InputError(f"--batch-size {args.batch_size}: out of GPU memory at"
-                             f" {places[0][0]}; lower it and start again") from None
+                             f" {waiting[0][3]}; lower it and start again") from None
         except torch.AcceleratorError:              # after it the GPU answers nothing more
             raise
         except Exception as error:                  # of the models, on one of these images
-            if len(asked) > 1:                      # which one: each is tried alone
-                return [annotated([a], [p])[0] for a, p in zip(asked, places)]
-            (where, problems), = places
+            if len(waiting) > 1:                    # which one: each is tried alone
+                return [annotated([alone])[0] for alone in waiting]
+            *_, where, problems = waiting[0]
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             problems.append(f"{where}: the models fail on it ({reason})")
             return [None]
 
     def convert(numbers: range) -> list[tuple[list[dict], list[str]]]:
-        results, asked, places, waiting = [([], []) for _ in numbers], [], [], []
+        results, waiting, whose = [([], []) for _ in numbers], [], []
         for (own, problems), number in zip(results, numbers):
             record = records[number]
             name = record.get("image")
@@ -64,17 +67,15 @@ def read(args) -> Source:
                 image = open_image(image_path(record, args.image_dir, where), where)
                 if annotator.tags_of is not None and name not in annotator.tags_of:
                     problems.append(f"{where}: no line for {name} in {args.tagger}")
-                asked.append((image, caption, name))
-                places.append((where, problems))
-                waiting.append((record, own))
-        made = annotated(asked, places) if asked else []
-        for (record, own), (where, problems), result in zip(waiting, places, made):
-            with listed(problems, where):
-                if result and args.data:
-                    own.append(record | {"regions": result[1]})
-                elif result:
-                    name, (caption, regions) = record["image"], result
-                    own += records_of(name, name, [caption], regions, 1, problems)
+                waiting.append((image, caption, name, where, problems))
+                whose.append((record, own))
+        made = annotated(waiting) if waiting else []
+        for (*_, name, where, problems), (record, own), result in zip(waiting, whose, made):
+            if result:
+                with listed(problems, where):
+                    caption, regions = result
+                    own += [record | {"regions": regions}] if args.data else records_of(
+                        name, name, [caption], regions, 1, problems)
         return results
 
     source = Source(len(records), None, batch=args.batch_size)
