@@ -175,7 +175,7 @@ def test_memory_is_that_of_a_real_step(tune, dtype, checkpointing):
 
 @pytest.mark.parametrize("tune", ["", "full", "lora"], ids=["stage1", "full", "lora"])
 def test_flops_are_those_of_a_real_step(tune):
-    """Torch's counter over a real pass; the CPU's fused attention, not in its list, is taken apart."""
+    """Torch's counter over a real pass; the CPU's fused attention is taken apart for it."""
     model, counter = toy_model(True, tune, torch.float32), FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         sums = model(
@@ -274,7 +274,7 @@ def test_flops_follow_the_closed_formula(llava, tune, checkpointing):
 
 
 def test_stage_two_in_shards_before_stage_one_has_run(llava, run, tmp_path, monkeypatch):
-    """sft.py takes stage 1's plan as its checkpoint; an eighth of the optimizer's 50 GiB per GPU."""
+    """sft.py takes stage 1's plan as a checkpoint; an eighth of the optimizer's 50 GiB per GPU."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert run("pretrain.py", f"@{llava}/flags.txt", "--dry-run", "--out", tmp_path).returncode == 0
     plan, preset = tmp_path / "plan.pt", f"@{ROOT}/presets/llava-1.5-7b.sft.txt"

@@ -15,7 +15,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 import eval as evaluation
 import pretrain
-import runtime
 from data import tokenize_prompt
 from model import PatchAlignedModel, save_checkpoint
 from runtime import InputError
@@ -582,32 +581,6 @@ def test_what_a_record_may_leave_out(tmp_path):
     ):
         with pytest.raises(InputError, match=f"{path}: {reason}"):
             evaluation.read_items([tmp_path / path], tmp_path, 0)
-
-
-def written(*names_then):
-    *names, checkpoints, out = names_then
-    return runtime.outputs(checkpoints, out, *names)
-
-
-def test_outputs_never_collide():
-    outputs = functools.partial(written, "eval.json", "predictions.jsonl")
-    assert [f.name for f in outputs(["r/ckpt-100.pt"], "")[1][0]] == [
-        "eval-ckpt-100.json",
-        "predictions-ckpt-100.jsonl",
-    ]
-    assert [f.name for f in outputs(["r/ckpt-100.pt"], "o")[1][0]] == [
-        "eval.json",
-        "predictions.jsonl",
-    ]
-    for checkpoints, out in (
-        (["a/ckpt.pt", "b/ckpt.pt"], "x"),
-        (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o"),
-        (["r/one.pt", "r/two.pt"], ""),
-    ):
-        names, files = outputs(checkpoints, out)
-        assert len(set(names)) == 2 and len({file for pair in files for file in pair}) == 4
-    with pytest.raises(InputError, match="two of them would be written to one file"):
-        outputs(["a/ckpt.pt", "./a/ckpt.pt"], "o")
 
 
 # ---- from a user's shell -------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_help_is_a_page_of_groups(stage):
 
 
 def test_transformers_and_our_kernels_both_import(tmp_path):
-    """Behind ours on the path is a package named kernels: ours wins, and CLIP loads all the same."""
+    """Behind ours on the path is a package named kernels: ours wins, and CLIP still loads."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('the other package')")
     code = (

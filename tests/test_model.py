@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 
 import data
-import model as module
 import toy
 from backbones.loading import processor_size
 from data import IGNORE, IMAGE_TOKEN

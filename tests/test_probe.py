@@ -403,10 +403,12 @@ def test_outputs_never_collide(tmp_path):
     beside = outputs(["r/ckpt.pt", "r/ckpt-100.pt"])[1]
     assert beside == ["r/probe-r.json", "r/probe-ckpt-100.json"]
     assert outputs(["r/ckpt-100.pt"])[1] == ["r/probe-ckpt-100.json"]    # never as that of ckpt.pt
+    pair = runtime.outputs(["r/ckpt-100.pt"], "", "eval.json", "predictions.jsonl")[1][0]
+    assert [file.name for file in pair] == ["eval-ckpt-100.json", "predictions-ckpt-100.jsonl"]
     mixed = ["llava-hf/llava-1.5-7b-hf", str(tmp_path), f"{tmp_path}/mm_projector.bin"]
     names, files = outputs(mixed)
     assert names == ["llava-1.5-7b-hf", tmp_path.name, "mm_projector"]
     assert files == ["runs/llava-1.5-7b-hf/probe.json", f"{tmp_path}/probe-{tmp_path.name}.json",
                      f"{tmp_path}/probe-mm_projector.json"]
     with pytest.raises(runtime.InputError, match="two of them would be written to one file"):
-        outputs(["a/ckpt.pt", "a/ckpt.pt"], "o")
+        outputs(["a/ckpt.pt", "./a/ckpt.pt"], "o")
