@@ -1,6 +1,7 @@
 """The house: who may import whom, what stands at the root, what --help shows, our kernels/."""
 
 import ast
+import graphlib
 import importlib
 import io
 import subprocess
@@ -68,6 +69,22 @@ def test_imports_form_the_agreed_graph(name):
         assert top | inside <= CORE | {folder}
     else:  # scripts of kernels/ and docs/
         assert top | inside <= CORE
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Inside the drawers too, and inside functions."""
+    files, needs = sources(), {}
+    for name, path in files.items():
+        needs[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [alias.name for alias in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module, *(f"{node.module}.{name}" for name in found)]
+            elif not isinstance(node, ast.Import):
+                continue
+            needs[name] |= {module.replace(".", "/") for module in found} & files.keys() - {name}
+    assert needs["toy/vision"] == {"toy/language", "toy/records", "toy/train", "toy/world"}
+    graphlib.TopologicalSorter(needs).prepare()
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

@@ -271,7 +271,7 @@ def test_of_several_that_come_at_once_one_builds(tmp_path):
 def test_somebody_elses_folder_is_not_replaced(tmp_path):
     (tmp_path / "precious").write_text("")
     with pytest.raises(data.InputError, match="not a toy world"):
-        toy_main.make(toy_main.Args(out=str(tmp_path)))
+        toy_main.make_toy(toy_main.Args(out=str(tmp_path)))
     assert (tmp_path / "precious").exists()
 
 
@@ -384,7 +384,7 @@ def test_backbones_are_made_from_scratch(tmp_path, monkeypatch):
     small |= {"unseen images": 256, "unseen texts": 80}
     for name, budget in small.items():
         monkeypatch.setitem(train.BUDGET, name, budget)
-    report = train.train("all")
+    report = toy_main.train_backbones("all")
     assert {"own_above_near_miss", "patch_color", "patch_shape"} <= set(report["vision"])
     assert report == json.loads((tmp_path / "report.json").read_text()) and {
         "vision",

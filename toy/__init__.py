@@ -3,7 +3,8 @@
     world.py       scenes: objects on a background, drawn with exact masks
     language.py    what can be said about a scene: captions, questions, expressions, conversations
     records.py     scenes -> data/toy, in LLaVA's records
-    texts.py, train.py      how the backbones were made (python -m toy --train-backbones)
+    vision.py      how the encoder was made, a small CLIP (python -m toy --train-backbones)
+    train.py       how the language model was made, on texts.py
 
 Every stage reads data/toy as it reads any data set; no stage knows that it is a toy.
 """

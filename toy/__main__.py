@@ -15,9 +15,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 import runtime
 import toy
 from runtime import InputError
+from toy import records
 
 
 @dataclass
@@ -32,15 +35,13 @@ class Args:
     """with --train-backbones: which of them"""
 
 
-def make(args: Args) -> None:
+def make_toy(args: Args) -> None:
     """Write the data, or train the backbones."""
     if args.out and args.train_backbones or args.part != "all" and not args.train_backbones:
         raise InputError("--out names the folder of the data, --part goes with --train-backbones:"
                          " they do not go together")
     if args.train_backbones:
-        from toy.train import train
-
-        print(json.dumps(train(args.part), indent=1))
+        print(json.dumps(train_backbones(args.part), indent=1))
         return runtime.finished(toy.VISION.parent, "torchrun pretrain.py")
     folder = Path(args.out) if args.out else toy.DATA
     toy.clear(folder)
@@ -48,9 +49,27 @@ def make(args: Args) -> None:
     runtime.finished(folder, "torchrun pretrain.py")
 
 
+def train_backbones(part: str = "all") -> dict:
+    """Train vision, llm (and its tokenizer) or all -> what they reach."""
+    from toy.train import train_llm, train_tokenizer
+    from toy.vision import train_vision
+
+    if part == "vision":
+        tokenizer = AutoTokenizer.from_pretrained(records.LLM)
+    else:
+        tokenizer = train_tokenizer()
+    path = records.VISION.parent / "report.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    for name, make in (("vision", train_vision), ("llm", train_llm)):
+        if part in ("all", name):
+            report[name] = make(tokenizer)
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
 def main() -> None:
     """The command line."""
-    runtime.run(make, Args, __doc__)
+    runtime.run(make_toy, Args, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,9 @@
-"""How the toy world's backbones are made: python -m toy --train-backbones. No stage imports this.
+"""How the toy world's language model is made: a tokenizer, and a small Llama on text alone.
 
-Three parts, each from fixed seeds and from scratch: a tokenizer, a small CLIP on captions alone (it
-never sees a region; vision.py), and a small Llama on text alone (texts.py).
-
-writes: backbones/toy-llama (tokenizer and language model) and backbones/toy-clip (the image half
-        of the CLIP), both in half precision; backbones/report.json, what they reach on new scenes
+From fixed seeds and from scratch, on the texts of texts.py. What the encoder's training (vision.py)
+has in common with it is here as well. No stage imports either.
 """
 import itertools
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,23 +26,6 @@ BUDGET = {"tokenizer": 20_000, "images": 40_000,            # texts, images
 CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% if m.role == 'user' and (not"
         " loop.last or add_generation_prompt) %} ASSISTANT:{% endif %}{% endfor %}")
-
-
-def train(part: str) -> dict:
-    """Train `part` (all | vision | llm; the tokenizer belongs to llm) -> what the parts reach."""
-    from toy.vision import train_vision
-
-    if part == "vision":
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(records.LLM)
-    else:
-        tokenizer = train_tokenizer()
-    path = records.VISION.parent / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
-    for name, make in (("vision", train_vision), ("llm", train_llm)):
-        if part in ("all", name):
-            report[name] = make(tokenizer)
-            path.write_text(json.dumps(report, indent=1) + "\n")
-    return report
 
 
 def optimise(model: torch.nn.Module, loss_of_step: Callable[[int], torch.Tensor], steps: int,
