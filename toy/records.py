@@ -82,9 +82,9 @@ def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict
     out["_refer"] = refers
     out["_vqa"] = [record(name, f"_{kind}", [(question, answer)], task="vqa", kind=kind,
                           answer=answer) for kind, question, answer in questions(scene, rng)]
-    out["_instruct"] = [record(name, f"_{kind}", turns, kind=kind, answer=turns[-1][1],
-                               task="choice" if kind == "choice" else "vqa")
-                        for kind, turns in instructions(scene, rng)]
+    out["_instruct"] = [
+        record(name, f"_{kind}", turns, task="choice" if kind == "choice" else "vqa", kind=kind,
+               answer=turns[-1][1]) for kind, turns in instructions(scene, rng)]
     return out
 
 
