@@ -232,6 +232,8 @@ def test_llava_from_its_configuration_alone(llava, run, tmp_path):
         "batch 256 = 1 processes x 128 x 2",
     ):
         assert text in done.stdout, text
+    products = 4 * 256 * 576 * 32000 * 4096 / 1e12
+    assert re.search(rf"patch loss, with every patch labelled +{products:.3f} ", done.stdout)
     assert (
         done.stdout.splitlines()[-1]
         == f"wrote plans/plan.pt; next: torchrun pretrain.py {shlex.join(map(str, flags))}"
