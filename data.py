@@ -9,22 +9,23 @@
 The symbols are those of model.py. Whatever is wrong with the user's files is an `InputError`, one
 line that names the file and the record.
 """
+import contextlib
 import functools
 import json
 import re
-import struct
+import warnings
 from pathlib import Path, PurePath
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from labels import (
-    encode_text, patch_targets, patch_words, region_kind, region_phrase, sides, transform_image,
-    view_box, word_ids)
+    STOP_WORDS, check_region, check_unicode, encode_text, patch_targets, patch_words, region_kind,
+    region_phrase, sides, transform_image, view_box, word_ids)
 from runtime import InputError
 
 IMAGE_TOKEN = -200  # stands for one patch among the token ids; model.splice puts a row of H there
@@ -40,26 +41,35 @@ def read_records(path, regions=None):
 
     regions: a second file, of objects {"id", "regions"}. A record whose id is there gets its
     regions in place of its own; others stay as they are. InputError: a malformed file, no record,
-    an id twice in `regions`, or no id in common.
+    an id twice in `regions` or of two images, or no id in common.
     """
     records = _read_objects(path)
     if regions is None:
         return records
-    found = {}
+    found, images = {}, {}
     for i, entry in enumerate(_read_objects(regions)):
         if "id" not in entry or not isinstance(entry.get("regions"), list):
             raise InputError(f'{regions}: entry {i} needs "id" and a list "regions"')
-        if str(entry["id"]) in found:
+        if id_of(entry["id"]) in found:
             raise InputError(f'{regions}: id {entry["id"]} occurs twice; put all its regions into'
                              " one entry")
-        found[str(entry["id"])] = entry["regions"]
-    matched = [record for record in records if "id" in record and str(record["id"]) in found]
+        found[id_of(entry["id"])] = entry["regions"]
+    matched = [record for record in records if "id" in record and id_of(record["id"]) in found]
     if not matched:
         raise InputError(f"{regions}: none of its ids occurs in {path}; were the two files made for"
                          " each other?")
     for record in matched:
-        record["regions"] = found[str(record["id"])]
+        key, image = id_of(record["id"]), record.get("image")
+        if images.setdefault(key, image) != image:
+            raise InputError(f"{path}: record {key} is of two images, {images[key]} and {image};"
+                             f" the regions of {regions} are of one: give each image its own id")
+        record["regions"] = found[key]
     return records
+
+
+def id_of(value):
+    """An id as text, by which files are joined: 5, "5" and 5.0 are one."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def read_text(path):
@@ -125,25 +135,59 @@ def image_path(record, image_dir, where):
     return Path(image_dir) / image
 
 
+# How to turn stored pixels upright, by EXIF orientation (1, and anything else: not at all).
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def orientation(image):
+    """An open image's EXIF orientation, 1 to 8; 1 where a broken block says nothing of it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            value = image.getexif().get(0x0112)
+    except Exception:                       # whatever PIL raises on a broken block
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+def image_header(path, where):
+    """-> ((width, height) upright, EXIF orientation), without decoding pixels. InputError."""
+    with _readable(path, where) as image:
+        turn, (width, height) = orientation(image), image.size
+        if turn > 4 and image.format != "TIFF":         # PIL turns TIFF by itself
+            width, height = height, width
+        return (width, height), turn
+
+
 def open_image(path, where):
     """The image at `path`, upright (EXIF orientation applied), RGB: what regions refer to.
 
-    Transparent pixels show white; 16-bit grey becomes 8 bits. InputError: missing, cut or no image.
+    Of several frames the first. Transparent pixels show white; 16-bit grey becomes 8 bits.
+    InputError: missing, cut or no image.
     """
+    with _readable(path, where) as image:
+        image.load()
+        turn = UPRIGHT.get(orientation(image))
+        if image.mode.startswith("I"):      # 16-bit grey, which PIL's conversion clips at 255
+            grey = np.asarray(image).clip(0, 65535) // 257
+            image = Image.fromarray(grey.astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+
+
+@contextlib.contextmanager
+def _readable(path, where):
+    """The open image of a file; what goes wrong inside is an InputError."""
     try:
         with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):      # 16-bit grey, which PIL's conversion clips at 255
-                grey = np.asarray(image).clip(0, 65535) // 257
-                image = Image.fromarray(grey.astype(np.uint8))
-            elif image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error,
-            Image.DecompressionBombError) as error:
+            yield image
+    except Exception as error:              # a broken file makes PIL raise nearly anything
         reason = getattr(error, "strerror", None) or str(error)     # OSError repeats the path
         raise InputError(f"{where}: cannot read the image {path} ({reason})") from None
 
@@ -162,11 +206,12 @@ def tokenize(conversations, tokenizer, prompt, image_tokens, max_length, where):
 
     conversations: [{"from": "human" | "gpt", "value": text}, ...], by turns, human first.
     image_tokens: patches of the record's image, 0 without one. "<image>" becomes that many
-    IMAGE_TOKEN; without the marker the image comes first. prompt: see `_segments`.
+    IMAGE_TOKEN, at the front of its turn, as in LLaVA; without the marker the image comes first.
+    Special tokens in what people wrote are plain text. prompt: see `_segments`.
     Labels are IGNORE except on what the assistant says and the token that ends it. Both are cut on
     the right to max_length, patches included. Each segment is encoded on its own: nothing is
-    tokenised again to be counted. InputError: no conversation, marker and image disagree, or
-    max_length cuts off the image or leaves nothing to learn from.
+    tokenised again to be counted. InputError: no conversation, an empty answer, marker and image
+    disagree, or max_length cuts off the image or leaves nothing to learn from.
     """
     turns = check_turns(conversations, image_tokens > 0, where)
     segments = _segments(turns, tokenizer, prompt, where)
@@ -187,7 +232,7 @@ def tokenize_prompt(conversations, tokenizer, prompt, image_tokens, where="quest
     asked = conversations
     if isinstance(asked, list) and asked and isinstance(asked[-1], dict):
         asked = asked[:-1] if ROLES.get(asked[-1].get("from")) == "assistant" else asked
-    asked = asked and [*asked, {"from": "gpt", "value": ""}]
+    asked = asked and [*asked, {"from": "gpt", "value": "?"}]
     turns = check_turns(asked, image_tokens > 0, where)[:-1]
     segments = _segments(turns, tokenizer, prompt, where)
     return _encode_segments(segments, tokenizer, image_tokens)[0]
@@ -204,7 +249,13 @@ def check_turns(conversations, has_image, where):
         if role != ("user", "assistant")[i % 2] or not isinstance(turn.get("value"), str):
             raise InputError(f'{where}: turn {i} is not {{"from": "{("human", "gpt")[i % 2]}",'
                              ' "value": text}')
-        turns.append((role, turn["value"]))
+        text = turn["value"]
+        check_unicode(text, f"{where}: turn {i}")
+        if role == "assistant" and not text.strip():
+            raise InputError(f"{where}: turn {i}, the answer, is empty")
+        if role == "user" and IMAGE_MARKER in text and text.count(IMAGE_MARKER) == 1:
+            text = f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
+        turns.append((role, text))
     if len(turns) % 2:
         raise InputError(f"{where}: the last turn is the human's; there is no answer to it")
     markers = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
@@ -216,10 +267,15 @@ def check_turns(conversations, has_image, where):
     return turns
 
 
+class Frame(str):
+    """Text of a chat template, whose special tokens are special."""
+
+
 def _segments(turns, tokenizer, prompt, where):
     """A conversation as segments: (text or token ids, whether the model is trained to say it).
 
-    turns: [(role, text), ...]; after a last user turn they end where the assistant begins.
+    turns: [(role, text), ...]; after a last user turn they end where the assistant begins. Special
+    tokens are ids, or stand in a Frame; elsewhere they are text.
     plain  LLaVA's stage 1: the image, then the caption; what the user says is dropped. Ours: the
            caption ends with the end-of-sequence token (LLaVA: a line break), so that generation
            knows where to stop.
@@ -274,11 +330,17 @@ def chat_frame(tokenizer, template, answers):
         raise InputError("this tokenizer's chat template does not write each text of a conversation"
                          " once and in order; use --prompt v1")
     pieces = re.split("|".join(marks), text)
+    found = special_tokens(tokenizer).search(pieces[2])
+    return pieces, found[0] if found else tokenizer.eos_token
+
+
+@functools.lru_cache(maxsize=64)
+def special_tokens(tokenizer):
+    """A pattern of a tokenizer's special tokens; it matches nothing where there are none."""
     special = {*tokenizer.all_special_tokens,
                *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    found = re.search(pattern, pieces[2]) if special else None
-    return pieces, found[0] if found else tokenizer.eos_token
+    longest_first = sorted(filter(None, special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _chat_segments(turns, tokenizer, where):
@@ -297,14 +359,17 @@ def _chat_segments(turns, tokenizer, where):
     for i, (role, text) in enumerate(turns):
         if role == "user":                          # up to where the assistant begins: not learnt
             head = pieces[i + 1].removesuffix(" ")  # a blank belongs to the answer's first word
-            segments.append((opening + text + head, False))
+            parts = [Frame(opening), text, Frame(head)]
+            if not special_tokens(tokenizer).search(text):
+                parts = [Frame(opening + text + head)]          # in one piece, as transformers does
+            segments += [(part, False) for part in parts]
             blank = pieces[i + 1][len(head):]
         else:                                       # what stands round the end token is not learnt
             before, found, after = pieces[i + 1].partition(end)
-            segments += [(blank + text, True), (before if found else "", False),
+            segments += [(blank + text, True), (Frame(before if found else ""), False),
                          ([tokenizer.convert_tokens_to_ids(end)], True)]
             opening = after if found else pieces[i + 1]
-    return segments if turns[-1][0] == "user" else [*segments, (opening, False)]
+    return segments if turns[-1][0] == "user" else [*segments, (Frame(opening), False)]
 
 
 def end_ids(tokenizer, prompt):
@@ -327,10 +392,11 @@ def _encode_segments(segments, tokenizer, image_tokens):
         elif learnt:
             ids = encode_text(tokenizer, text)
         else:
+            plain = not isinstance(text, Frame)
             first, *rest = text.split(IMAGE_MARKER)
-            ids = encode_text(tokenizer, first)
+            ids = encode_text(tokenizer, first, plain)
             for part in rest:
-                ids = ids + [IMAGE_TOKEN] * image_tokens + encode_text(tokenizer, part)
+                ids = ids + [IMAGE_TOKEN] * image_tokens + encode_text(tokenizer, part, plain)
         input_ids += ids
         labels += ids if learnt else [IGNORE] * len(ids)
     return input_ids, labels
@@ -342,41 +408,53 @@ def _encode_segments(segments, tokenizer, image_tokens):
 class Records(torch.utils.data.Dataset):
     """Records as samples, dicts of:
 
-    id; image_size (width, height) of the original; pixel_values (3, height, width); input_ids and
-    labels, lists; patch_ids, patch_weights (P, K): rows of zeros where no region is, so a record
-    without regions has no patch loss. Without an image, image_size and the tensors are None.
+    id; index; image_size (width, height) of the original; pixel_values (3, height, width);
+    input_ids and labels, lists; patch_ids, patch_weights (P, K): rows of zeros where no region is,
+    so a record without regions has no patch loss; skipped, ids of records in whose place this one
+    stands. Without an image, image_size and the tensors are None.
 
     Arguments: image_dir, the folder of images; image_size, geometry, mean, std, resample of
-    `transform_image`; grid, (rows, columns) of the patches after the projector; prompt, max_length
-    of `tokenize`; coverage, threshold of `patch_words`; source, the file's name for messages.
-    The form of all records is checked at once; what needs image or tokens when a sample is made.
+    `transform_image`; grid, (rows, columns) of the patches after the projector, or their number
+    where they have no places; prompt, max_length of `tokenize`; coverage, threshold of
+    `patch_words`; stop_words, None for English; source, the file's name for messages; skip_bad: in
+    the place of a record that cannot be read the next one is taken. The form of all records is
+    checked at once if `checked`; extras/check.py checks what needs image or tokens as well.
     """
 
     def __init__(self, records, image_dir, tokenizer, *, image_size, geometry, grid, mean, std,
                  resample=Image.Resampling.BICUBIC, prompt="plain", max_length=2048, coverage=0.25,
-                 require_image=True, source="records", pad_id=0):
+                 require_image=True, source="records", pad_id=0, stop_words=None, checked=True):
         self.records, self.image_dir = records, image_dir and Path(image_dir)
         self.tokenizer, self.pad_id = tokenizer, pad_id
-        self.geometry, self.grid = geometry, tuple(grid)
+        self.geometry, self.grid = geometry, None if isinstance(grid, int) else tuple(grid)
+        self.patches = grid if isinstance(grid, int) else grid[0] * grid[1]
         self.image_form = image_size, geometry, mean, std, resample
         self.aspect = sides(image_size)[1] / sides(image_size)[0]
         self.prompt, self.max_length, self.coverage = prompt, max_length, coverage
-        self.require_image, self.source = require_image, source
+        self.stop_words = STOP_WORDS if stop_words is None else frozenset(stop_words)
+        self.require_image, self.source, self.skip_bad = require_image, source, False
+        self.numbers = range(len(records))          # of the records in their file
         self.tokens_of = {}                         # word -> token ids, filled as words occur
         view_box((1, 1), geometry)                  # what is wrong with all records is said now
         _segments([("user", "question"), ("assistant", "answer")], tokenizer, prompt, source)
         if not records:
             raise InputError(f"{source}: holds no records")
-        for index in range(len(records)):
-            self._check(index)
+        for index in range(len(records) if checked else 0):
+            self.check_form(index)
 
-    def _where(self, index):
+    def name(self, index):
+        """What messages call a record: its id, or else its number in the file."""
         record = self.records[index]
-        name = record.get("id", index) if isinstance(record, dict) else index
-        return f"{self.source}: record {name}"
+        known = isinstance(record, dict) and "id" in record
+        return id_of(record["id"]) if known else str(self.numbers[index])
 
-    def _check(self, index):
-        record, where = self.records[index], self._where(index)
+    def where(self, index):
+        """The file and the record, for messages."""
+        return f"{self.source}: record {self.name(index)}"
+
+    def check_form(self, index):
+        """InputError: a record that no model could take, as far as the file tells."""
+        record, where = self.records[index], self.where(index)
         if not isinstance(record, dict):
             raise InputError(f"{where} is not an object")
         image, regions = record.get("image"), record.get("regions")
@@ -400,6 +478,31 @@ class Records(torch.utils.data.Dataset):
             raise InputError(f"{where}: --prompt plain takes one caption, not {len(turns) // 2}"
                              " answers; use --prompt v1 or chat")
 
+    def check(self, index):
+        """-> ((width, height), EXIF orientation, bounds of the regions), or Nones without an image.
+
+        InputError: whatever would keep the record from training, but for pixels that cannot be
+        decoded: form, image header, regions against the image, length in tokens.
+        """
+        self.check_form(index)
+        record, where, size, turn, bounds = self.records[index], self.where(index), None, None, None
+        if record.get("image") is not None:
+            size, turn = image_header(image_path(record, self.image_dir, where), where)
+            bounds = [check_region(region, size, f"{where}: regions[{i}]")
+                      for i, region in enumerate(record.get("regions") or [])]
+        tokenize(record["conversations"], self.tokenizer, self.prompt,
+                 self.patches if size else 0, self.max_length, where)
+        return size, turn, bounds
+
+    def leave_out(self, indices):
+        """Drop records. InputError: none is left."""
+        gone = set(indices)
+        kept = [i for i in range(len(self.records)) if i not in gone]
+        if not kept:
+            raise InputError(f"{self.source}: none of its records can be used")
+        self.numbers = [self.numbers[i] for i in kept]
+        self.records = [self.records[i] for i in kept]
+
     def _lookup(self, word):
         if word not in self.tokens_of:
             self.tokens_of[word] = word_ids(self.tokenizer, word)
@@ -409,27 +512,44 @@ class Records(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index):
-        record, where = self.records[index], self._where(index)
+        skipped = []
+        for own in [*range(index, len(self)), *range(index)]:
+            try:
+                return self._load(own) | dict(skipped=skipped)
+            except InputError:
+                if not self.skip_bad:
+                    raise
+                skipped.append(self.name(own))
+        raise InputError(f"{self.source}: none of its records can be read")
+
+    def _load(self, index):
+        record, where = self.records[index], self.where(index)
         if record.get("image") is None:
             return self.sample(index)
         image = open_image(image_path(record, self.image_dir, where), where)
         return self.sample(index, image.size, transform_image(image, *self.image_form))
+
+    def targets(self, index, image_size):
+        """patch_ids, patch_weights (P, K) of a record, by its image's (width, height) alone."""
+        record, where = self.records[index], self.where(index)
+        words = [[]] * self.patches
+        if self.grid:
+            words = patch_words(record.get("regions") or [], image_size, self.geometry, self.grid,
+                                self.coverage, where, self.aspect, self.stop_words)
+        return patch_targets(words, self._lookup)
 
     def sample(self, index, image_size=None, pixel_values=None):
         """The sample of a record, given its image's (width, height) and pixels.
 
         extras/cache.py gives no pixels where it has their features.
         """
-        record, where = self.records[index], self._where(index)
-        image_tokens, patch_ids, patch_weights = 0, None, None
+        record, patch_ids, patch_weights = self.records[index], None, None
         if image_size is not None:
-            words = patch_words(record.get("regions") or [], image_size, self.geometry, self.grid,
-                                self.coverage, where, self.aspect)
-            patch_ids, patch_weights = patch_targets(words, self._lookup)
-            image_tokens = self.grid[0] * self.grid[1]
-        input_ids, labels = tokenize(record["conversations"], self.tokenizer, self.prompt,
-                                     image_tokens, self.max_length, where)
-        return dict(id=str(record.get("id", index)), image_size=image_size,
+            patch_ids, patch_weights = self.targets(index, image_size)
+        input_ids, labels = tokenize(
+            record["conversations"], self.tokenizer, self.prompt,
+            self.patches if image_size else 0, self.max_length, self.where(index))
+        return dict(id=self.name(index), index=index, image_size=image_size,
                     pixel_values=pixel_values, input_ids=input_ids, labels=labels,
                     patch_ids=patch_ids, patch_weights=patch_weights)
 
@@ -454,8 +574,9 @@ class Records(torch.utils.data.Dataset):
 def collate(samples, pad_id):
     """Samples -> a batch: text padded on the right to the longest T, targets to the largest K.
 
-    ids, a list of B; input_ids, labels (B, T) int64; for the N samples with an image, in order:
-    pixel_values (N, 3, height, width), patch_ids (N, P, K) int64, patch_weights (N, P, K).
+    ids, a list of B; skipped, ids that were left out; input_ids, labels (B, T) int64; for the N
+    samples with an image, in order: pixel_values (N, 3, height, width), patch_ids (N, P, K) int64,
+    patch_weights (N, P, K).
     Read off here, on the host, so that a step need not wait for a GPU: places (N P,), where
     input_ids.flatten() holds IMAGE_TOKEN; first_label, the first position with a label, at least 1.
     """
@@ -475,6 +596,7 @@ def collate(samples, pad_id):
     input_ids, labels = pad_text("input_ids", pad_id), pad_text("labels", IGNORE)
     return {
         "ids": [sample["id"] for sample in samples],
+        "skipped": [name for sample in samples for name in sample.get("skipped", [])],
         "input_ids": input_ids,
         "labels": labels,
         "places": (input_ids.flatten() == IMAGE_TOKEN).nonzero().squeeze(1),

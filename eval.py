@@ -2,16 +2,16 @@
 
     caption   BLEU-1..4, ROUGE-L and CIDEr (that is CIDEr-D), against one or more references
     refer     mean IoU and Acc@0.5 of the predicted box
-    vqa       the official VQA accuracy, and the share of answers that match to the letter (exact)
+    vqa       VQA accuracy, and the share of answers that match to the letter (exact)
     choice    the share of right letters
 
     python eval.py runs/sft/ckpt.pt                            # the toy world
     python eval.py runs/caption_sft/ckpt.pt runs/sft/ckpt.pt   # side by side; paired differences
     python eval.py ckpt.pt --data refcoco.jsonl vqa.jsonl --image-dir images --box-frame square
 
-Answers are greedy. What cannot be read as an answer counts as wrong, and is counted. Each score has
-a 95% interval: percentiles of a bootstrap that draws images, with all their records. Checkpoints
-are compared on the same draws.
+Answers are greedy. What cannot be read as an answer counts as wrong, and is counted: unread. Each
+score has a 95% interval: percentiles of a bootstrap that draws images, with all their records.
+Checkpoints are compared on the same draws.
 
 reads:  checkpoints; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
         answers the last request, earlier turns are context. Without "answer", what the record
@@ -21,17 +21,19 @@ writes: eval.json, predictions.jsonl beside each ckpt.pt (eval-NAME.json beside 
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 from tqdm import tqdm
 
 import data
 import runtime
-from labels import transform_image, view_box
+from labels import SPACELESS, check_frame, check_region, lowered, transform_image, view_box
 from model import load_checkpoint, read_checkpoint
 from runtime import InputError
 
@@ -50,6 +52,8 @@ class Args:
     """folder of the records' images; none: images/ beside the first file"""
     box_frame: str = field(default="image", metadata={"choices": ["image", "square"]})
     """what predicted boxes are relative to (LLaVA: square)"""
+    vqa_official: bool = False
+    """VQA as the official script: equal answers are compared as they are"""
     limit: int = 0
     """records of each file, spread evenly over it; 0: all"""
     out: str = ""
@@ -65,7 +69,7 @@ class Args:
     """of the bootstrap's draws"""
 
 
-DRAWS = 1000                                        # of the bootstrap
+DRAWS, FEW = 1000, 50           # of the bootstrap; images below which CIDEr is noted as unreliable
 TOY = ("test", "test_vqa", "test_refer", "test_instruct", "hard_vqa", "hard_refer",
        "hard_instruct", "distract_refer")           # without --data
 
@@ -73,16 +77,20 @@ TOY = ("test", "test_vqa", "test_refer", "test_instruct", "hard_vqa", "hard_refe
 
 ORDERS = (1, 2, 3, 4)                               # of n-grams
 SIGMA, BETA = 6.0, 1.2          # CIDEr-D's length penalty, in words; ROUGE-L's weight of recall
-TOKEN = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|\w+(?:-\w+)*")
+CHARACTER = r"[\p{L}\p{N}][\p{M}\u200c\u200d]*"         # with its marks
+TOKEN = regex.compile(
+    SPACELESS.pattern + r"\p{M}*|\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\p{N}+(?:[.,:]\p{N}+)+"
+    rf"|(?:{CHARACTER}|_)+(?:-(?:{CHARACTER}|_)+)*")
 
 
 def words(text):
     """Lower-case words of a caption, without punctuation: "isn't" is is + n't, "dog's" dog + 's.
 
     Ours, after the Penn Treebank tokenizer of coco-caption, which needs Java. Hyphenated words and
-    numbers stay whole; symbols such as & and %, which it keeps, are dropped.
+    numbers stay whole; symbols such as & and %, which it keeps, are dropped. In scripts without
+    spaces (Chinese, Japanese, Thai) each character is a word.
     """
-    return TOKEN.findall(text.lower().replace("’", "'"))
+    return TOKEN.findall(lowered(text))
 
 
 def ngrams(tokens):
@@ -212,8 +220,9 @@ def normalised(text):
 
     Signs become blanks, or nothing where one stands beside a blank (and all of them in a text with
     a comma between digits). Periods go, except before a digit. Lower case, number words as digits,
-    no articles, missing apostrophes restored.
+    no articles, missing apostrophes restored. Ours: NFC first.
     """
+    text = unicodedata.normalize("NFC", text)
     joined, clean = re.search(r"\d,\d", text), text
     for sign in SIGNS:
         nothing = joined or sign + " " in text or " " + sign in text
@@ -223,53 +232,121 @@ def normalised(text):
     return " ".join(RESTORED.get(w, w) for w in numbered if w not in ("a", "an", "the"))
 
 
-def vqa_accuracy(prediction, answers):
-    """The official VQA accuracy of a prediction, in [0, 1] (Antol et al., ICCV 2015; v2).
+def vqa_accuracy(prediction, answers, official=False):
+    """The VQA accuracy of a prediction, in [0, 1] (Antol et al., ICCV 2015; v2).
 
     answers: usually ten texts: the mean, over leaving out each in turn, of min(matches among the
-    others / 3, 1), so fewer than four cannot give 1. As in the official script, answers that are
-    all the same are compared as they are, without normalisation. Ours: one answer (a text, or a
-    list of one) is matched after normalisation, 1 or 0. InputError: no answer.
+    others / 3, 1), so fewer than four cannot give 1. One answer (a text, or a list of one) is
+    matched, 1 or 0. Prediction and answers are `normalised` first, as in LLaVA's and lmms-eval's
+    evaluation, and to a question whose answers are mostly yes or no the first word is the answer,
+    as in POPE. official: as the official script, which normalises only where answers differ (so
+    "Yes" is wrong where ten people said "yes") and reads no first word. InputError: no answer.
     """
     answers = [answers] if isinstance(answers, str) else answers
     if not answers:
         raise InputError("a prediction is compared with one or more answers, here none")
     texts = [re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers)]
-    if len(answers) == 1 or len(set(texts[1:])) > 1:
+    if not official or len(answers) == 1 or len(set(texts[1:])) > 1:
         texts = list(map(normalised, texts))
+    if not official and asks_yes_or_no(texts[1:]):
+        texts[0] = yes_or_no(texts[0]) or texts[0]
     matches = [answer == texts[0] for answer in texts[1:]]
     if len(matches) == 1:
         return float(matches[0])
     return sum(min((sum(matches) - match) / 3, 1) for match in matches) / len(matches)
 
 
+def asks_yes_or_no(answers):
+    """Whether more than half of the normalised answers are yes or no."""
+    return sum(answer in ("yes", "no") for answer in answers) > len(answers) / 2
+
+
+def yes_or_no(text):
+    """The first word of an answer, if it is yes or no, else None: "Yes, there is a dog." -> yes."""
+    first = words(text)[:1]
+    return first[0] if first and first[0] in ("yes", "no") else None
+
+
 # ---- boxes and letters ---------------------------------------------------------------------------
 
-NUMBER = r"-?(?:\d*\.\d+|\d+)"
-BRACKETED = re.compile(rf"[\[(]\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*[\])]")
-LETTER = [re.compile(pattern) for pattern in (
-    r"^\W*([A-Za-z])\W*$",                          # B   (b)   B.
-    r"^\W*([A-Za-z])[).:]",                         # B. red   b) red
-    r"\b(?i:answer|option|choice)(?i:\s+is)?[\s:(*]+([A-Z]\b|[a-z](?=\W*$))",   # The answer is B
-    r"\(([A-Za-z])\)",                              # it must be (B)
-    r"^([B-HJ-Zb-hj-z])\b(?!')")]                   # b because; "A dog", "I think" name no letter
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+FOUR = r"\s*[\s,;]\s*".join([f"({NUMBER})"] * 4)
+POINT = rf"[\[(]\s*({NUMBER})\s*[\s,;]\s*({NUMBER})\s*[\])]"
+IN_BRACKETS = [re.compile(rf"[\[({{]\s*{FOUR}\s*[\])}}]"),          # [a, b, c, d]
+               re.compile(POINT + r"[^\d()\[\]]{0,40}" + POINT)]   # (a, b), (c, d)
+ALONE = re.compile(rf"(?<![\w.]){FOUR}(?![\w%]|\.\d)")             # a, b, c, d
+NAMED = re.compile(rf"""(?<![a-z0-9])([xy](?:[0-2]|min|max)|left|top|right|bottom)["']?\s*[=:]?\s*
+                        ({NUMBER})(?![\w%])""", re.VERBOSE)          # x1=a, y1=b, x2=c, y2=d
+CORNERS = [names.split() for names in (
+    "x1 y1 x2 y2", "x0 y0 x1 y1", "xmin ymin xmax ymax", "left top right bottom")]
 
 
 def parse_box(text):
-    """The four numbers in one pair of brackets, else the first four: [x0, y0, x1, y1], relative.
+    """The four numbers of a box in an answer: [x0, y0, x1, y1], relative, corners in order.
 
-    None unless all four are there and in [0, 1].
+    They belong together: in one bracket, as two points, behind the corners' names, or as the only
+    numbers there are. Of several boxes the first. None: unread, or not all in [0, 1].
     """
-    bracketed = BRACKETED.search(text)
-    found = re.findall(NUMBER, bracketed[0] if bracketed else text)
-    numbers = [float(n) for n in found[:4]]
-    return numbers if len(numbers) == 4 and all(0 <= n <= 1 for n in numbers) else None
+    found = min(filter(None, (form.search(text) for form in IN_BRACKETS)), default=None,
+                key=lambda match: match.start())
+    named = dict(reversed(NAMED.findall(text.lower().replace("_", ""))))
+    numbers = next(([named[name] for name in names] for names in CORNERS
+                    if named.keys() >= set(names)), None)
+    if found:
+        numbers = found.groups()
+    elif not numbers and (found := ALONE.search(text)):
+        only = not re.search(r"\d", text[: found.start()] + text[found.end():])
+        numbers = found.groups() if only else None
+    if not numbers:
+        return None
+    a, b, c, d = map(float, numbers)
+    box = [min(a, c), min(b, d), max(a, c), max(b, d)]
+    return box if all(0 <= n <= 1 for n in box) else None
+
+
+# How an answer declares a letter, the strongest forms first. A capital A before a word is the
+# article ("A dog"), unless the word says otherwise ("A because").
+GOES_ON = r"\s+(?:because|since|as|is|for|or|and)\b"
+CAPITAL = rf"(?<![A-Za-z0-9'])([B-Z]|A(?!\s+[a-z])|A(?={GOES_ON}))(?![A-Za-z0-9'])"
+LETTER = r"(?<![A-Za-z0-9'])([A-Za-z])(?![A-Za-z0-9'])"
+LAST = LETTER + r"(?=\W*$|[).:\]])"
+ENDS = rf"(?=\W*$|\s*[).:,;!]|{GOES_ON})"
+IS = (r"(?:\W|\b(?:is|are|was|be|would|must|should|option|choice|letter|either|both|clearly|likely|"
+      r"therefore|thus)\b)*")
+DECLARED = [[re.compile(form) for form in forms] for forms in (
+    [rf"^\W*{LETTER}\W*$"],                                    # B   (b)   B.
+    [rf"(?i:\banswers?{IS}){CAPITAL}", rf"(?i:\banswers?{IS}){LAST}",          # The answer is B
+     rf"(?i:\b(?:choose|pick|select|go with|going with){IS}){CAPITAL}"],
+    [rf"(?:^|\n)\W*{LETTER}[).:\]]", rf"^\W*{CAPITAL}{ENDS}",  # B) red   B because it is red
+     r"^\W*([B-HJ-Zb-hj-z])(?![A-Za-z0-9'])",
+     rf"[(\[{{]{LETTER}[)\]}}]",                               # it must be (B)
+     rf"(?:^|[.!?:\n])\s*{CAPITAL}\W*(?=$|\n)",               # A dog is here. B
+     rf"(?i:\b(?:it's|it is|must be|has to be|so){IS}){CAPITAL}{ENDS}"],        # It's B!
+    [rf"(?i:\b(?:option|choice|letter)){IS}{CAPITAL}",         # option B
+     rf"(?i:\b(?:option|choice|letter)){IS}{LAST}"])]
+ALSO = re.compile(rf"\W*(?:or|and|/|,|&)\W*{CAPITAL}{ENDS}")   # A or B
+REJECTED = re.compile(                                         # not B; B is wrong
+    rf"(?i:\bnot|n't|neither|nor|rather than|instead of)\b{IS}{CAPITAL}"
+    rf"|{CAPITAL}\W*(?i:is|was|seems|can|could|would)\W*(?i:definitely|clearly|also)?\W*"
+    r"(?i:wrong|incorrect|false|not|n't|ruled out|impossible)")
 
 
 def parse_choice(text):
-    """The letter that an answer names, as a capital, or None: see LETTER, in this order."""
-    found = next(filter(None, (pattern.search(text) for pattern in LETTER)), None)
-    return found and found[1].upper()
+    """The letter that an answer declares, as a capital; None: unread, or two letters remain.
+
+    The first form of DECLARED that names a letter decides. What is said to be wrong does not count.
+    """
+    text = text.replace("\u2019", "'")
+    rejected = {letter for found in REJECTED.findall(text) for letter in found}
+    for forms in DECLARED:
+        named = set()
+        for found in (found for form in forms for found in form.finditer(text)):
+            while found:                                        # "A, B or C": all of them
+                named.add(found[1].upper())
+                found = ALSO.match(text, found.end(1))
+        if named - rejected:
+            return (named - rejected).pop() if len(named - rejected) == 1 else None
+    return None
 
 
 def iou(a, b):
@@ -297,7 +374,7 @@ def box_in_pixels(box, image_size, frame, geometry, aspect=1.0):
 
 TASKS = {"caption": "a text, or a list of texts, none of them empty",
          "refer": "a box [x0, y0, x1, y1] with x0 < x1 and y0 < y1, in pixels of the original"
-                  " image",
+                  " image, not [x, y, width, height]",
          "vqa": "a text, or a list of texts (usually ten)",
          "choice": "one letter"}                    # what "answer" has to be
 
@@ -344,11 +421,8 @@ def read_item(record, index, path, image_dir, sizes):
                          " images are in")
     if task == "refer":
         if image not in sizes:
-            sizes[image] = data.open_image(image, where).size
-        width, height = sizes[image]
-        if min(answer) < -1 or answer[2] > width + 1 or answer[3] > height + 1:     # rounding
-            raise InputError(f"{where}: the answer's box {answer} reaches outside its"
-                             f" {width} x {height} image")
+            sizes[image], _ = data.image_header(image, where)
+        check_region({"bbox": answer}, sizes[image], f"{where}: answer")
     kind = None if record.get("kind") is None else str(record["kind"])
     return dict(where=where, file=Path(path).stem, id=str(record.get("id", index)), task=task,
                 kind=kind, answer=answer, conversations=turns, image=image,
@@ -365,6 +439,8 @@ def read_items(paths, image_dir, limit):
     for path in paths:
         chosen = runtime.spread(list(enumerate(data.read_records(path))), limit)
         items += [read_item(record, i, path, image_dir, sizes) for i, record in chosen]
+    boxes = [item for item in items if item["task"] == "refer"]
+    check_frame(*([item[key] for item in boxes] for key in ("where", "answer", "image_size")))
     return items
 
 
@@ -408,23 +484,25 @@ def predict(model, items, batch_size, max_new_tokens):
     return predictions
 
 
-def measure(task, items, predictions, geometry, box_frame, aspect=1.0):
+def measure(task, items, predictions, geometry, box_frame, aspect=1.0, official=False):
     """Predictions of one file's items of one task, as what scores are made of.
 
     -> statistics (n, k), a row per item, the first column its own score, the last one 1; {metric:
-    function of their sums}; whether each prediction could be read as an answer.
+    function of their sums}; whether each prediction could be read as an answer. official: see
+    `vqa_accuracy`.
     """
     answers = [item["answer"] for item in items]
     if task == "caption":
         several = [[answer] if isinstance(answer, str) else answer for answer in answers]
         return caption_statistics(predictions, several), CAPTION, list(map(bool, predictions))
     if task == "vqa":
-        rows = []
+        rows, read = [], []
         for text, answer in zip(predictions, answers):
             every = [answer] if isinstance(answer, str) else answer
-            rows.append([vqa_accuracy(text, answer), text in map(str.strip, every), 1])
-        return (np.float64(rows), {"accuracy": mean(0), "exact": mean(1)},
-                list(map(bool, predictions)))
+            rows.append([vqa_accuracy(text, answer, official), text in map(str.strip, every), 1])
+            two = not official and asks_yes_or_no(list(map(normalised, every)))
+            read.append(yes_or_no(text) is not None if two else bool(text))
+        return np.float64(rows), {"accuracy": mean(0), "exact": mean(1)}, read
     if task == "choice":
         letters = list(map(parse_choice, predictions))
         rows = [[letter == answer.upper(), 1] for letter, answer in zip(letters, answers)]
@@ -473,13 +551,18 @@ def evaluate(path, items, args, device):
     model, checkpoint = load_checkpoint(path, device, dtype)
     model.eval()
     predictions = predict(model, items, args.batch_size, args.max_new_tokens)
-    groups, lines, scores, samples = {}, [None] * len(items), {}, {}
+    groups, lines, scores, samples, notes = {}, [None] * len(items), {}, {}, []
     for i, item in enumerate(items):
         groups.setdefault((item["file"], item["task"]), []).append(i)
     for (file, task), group in groups.items():
         members, said = [items[i] for i in group], [predictions[i] for i in group]
         statistics, metrics, parsed = measure(
-            task, members, said, model.config["geometry"], args.box_frame, model.aspect)
+            task, members, said, model.config["geometry"], args.box_frame, model.aspect,
+            args.vqa_official)
+        images = len({item["unit"] for item in members})
+        if task == "caption" and images < FEW:
+            notes.append(f"{file}: captions of {images} images; CIDEr weighs words by their rarity"
+                         f" among the references, so with fewer than {FEW} it says little")
         for i, score, readable in zip(group, statistics[:, 0].tolist(), parsed):
             lines[i] = {key: items[i][key] for key in ("id", "file", "task", "kind")} | dict(
                 prediction=predictions[i], answer=items[i]["answer"], score=score, parsed=readable)
@@ -493,10 +576,10 @@ def evaluate(path, items, args, device):
                 samples[key] = score(sums)
                 scores[key] = {"value": value, **interval(samples[key]), "n": len(rows)}
     records = Counter(line["file"] for line in lines)
-    unparsed = {file: sum(not line["parsed"] for line in lines if line["file"] == file)
-                for file in records}
-    result = dict(checkpoint=str(path), stage=checkpoint["stage"], records=records,
-                  unparsed=unparsed, scores=scores)
+    unread = {file: sum(not line["parsed"] for line in lines if line["file"] == file)
+              for file in records}
+    result = dict(checkpoint=str(path), stage=checkpoint["stage"], records=records, unread=unread,
+                  notes=notes, scores=scores)
     return result, lines, samples
 
 
@@ -532,8 +615,11 @@ def report(names, results):
             *(s and f"{s['value']:.3f} [{s['low']:.2f}, {s['high']:.2f}]" for s in found),
             *(d and f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
               for d in differences)])
-    counts = [f"{sum(r['unparsed'].values())} of {sum(r['records'].values())}" for r in results]
-    return runtime.table([*rows, ["unparsed", "", *counts, *[""] * (len(results) - 1)]])
+    counts = [f"{sum(r['unread'].values())} of {sum(r['records'].values())}" for r in results]
+    notes = dict.fromkeys(note for result in results for note in result["notes"])
+    return "\n".join([
+        runtime.table([*rows, ["unread", "", *counts, *[""] * (len(results) - 1)]]),
+        *(f"note: {note}" for note in notes)])
 
 
 def main(args):

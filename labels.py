@@ -3,7 +3,7 @@
     an image and its regions     phrases, each with a box, a polygon or a mask, in its own pixels
       -> the encoder's input     view_box: the part of the image that the encoder sees
       -> coverage                region_coverage: which share of each patch a region covers
-      -> words                   patch_words: content words of the phrases that cover a patch
+      -> words                   content_words of the phrases that cover a patch: patch_words
       -> targets                 patch_targets: words -> tokens -> Y, for the patch loss
 
 Pixels (`transform_image`) and regions (`region_coverage`) go through the same `view_box`, so labels
@@ -14,9 +14,11 @@ Sizes of images are (width, height), grids (rows, columns). P = rows x columns p
 V words in the vocabulary; at most K tokens name a patch; R regions. Legend: model.py.
 """
 import functools
-import re
+import unicodedata
+from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 from PIL import Image
 
@@ -88,20 +90,34 @@ def region_kind(region, where):
     if kind == "bbox":
         box = _numbers(value, f"{where}: bbox")
         if len(box) != 4 or box[2] <= box[0] or box[3] <= box[1]:
-            raise InputError(f"{where}: bbox {value} is not [x0, y0, x1, y1]"
-                             " with x0 < x1 and y0 < y1")
+            raise InputError(f"{where}: bbox {value} is not [x0, y0, x1, y1] with x0 < x1 and"
+                             " y0 < y1; write [x, y, width, height] as"
+                             " [x, y, x + width, y + height]")
     elif kind == "polygon":
-        rings = value if isinstance(value, list | tuple) else []
-        if not rings or not all(isinstance(ring, list | tuple) for ring in rings):
-            raise InputError(f"{where}: a polygon is a list of rings [[x, y, x, y, ...], ...]")
-        for ring in rings:
-            if len(_numbers(ring, f"{where}: polygon")) < 6 or len(ring) % 2:
-                raise InputError(f"{where}: a polygon's ring needs at least 3 points,"
-                                 f" x and y of each, not {len(ring)} numbers")
+        usable_rings(value, where)
     elif not (isinstance(value, dict) and isinstance(value.get("size"), list | tuple)
               and "counts" in value):
         raise InputError(f'{where}: an rle is {{"size": [height, width], "counts": ...}}')
     return kind
+
+
+def usable_rings(polygon, where):
+    """The rings of a polygon with 3 or more points; a bad one costs itself. InputError: none."""
+    rings = polygon if isinstance(polygon, list | tuple) else []
+    if not rings or not all(isinstance(ring, list | tuple) for ring in rings):
+        raise InputError(f"{where}: a polygon is a list of rings [[x, y, x, y, ...], ...]")
+    usable = []
+    for ring in rings:
+        try:
+            if len(_numbers(ring, f"{where}: polygon")) < 6 or len(ring) % 2:
+                raise InputError(f"{where}: a polygon's ring needs at least 3 points, x and y of"
+                                 f" each, not {len(ring)} numbers")
+            usable.append(ring)
+        except InputError as error:
+            reason = error
+    if not usable:
+        raise reason
+    return usable
 
 
 def _numbers(values, where):
@@ -115,13 +131,77 @@ def _numbers(values, where):
     return array.astype(np.float64)
 
 
-def _check_inside(x, y, image_size, where):
-    """Regions end at the image's edge; up to one pixel beyond is rounding, and is clipped."""
-    width, height = image_size
-    if min(x.min(), y.min()) < -1 or x.max() > width + 1 or y.max() > height + 1:
+def region_bounds(region, where):
+    """[x0, y0, x1, y1] round a box or a polygon, as float64; None of an RLE, which has a size."""
+    kind = region_kind(region, where)
+    if kind == "rle":
+        return None
+    if kind == "bbox":
+        return np.float64(region["bbox"])
+    points = np.concatenate([np.float64(r).reshape(-1, 2)
+                             for r in usable_rings(region["polygon"], where)])
+    return np.concatenate([points.min(0), points.max(0)])
+
+
+def check_region(region, image_size, where):
+    """-> its bounds. InputError: a region malformed, of another frame, or wholly off its image.
+
+    Of what sticks out the part inside counts, as everywhere in the field. No pixel is looked at.
+    """
+    (width, height), bounds = image_size, region_bounds(region, where)
+    if bounds is None:
+        rle_counts(region["rle"], where, image_size)
+        return None
+    shown = f"[{', '.join(f'{n:g}' for n in bounds)}]"
+    if bounds.min() >= 0 and bounds.max() <= 1 and min(image_size) > 8:
+        raise InputError(f"{where}: {shown} looks divided by the image size; coordinates are pixels"
+                         f" of the original image, here {width} x {height}")
+    if min(bounds[2:]) <= 0 or bounds[0] >= width or bounds[1] >= height:
+        thousand = bounds.min() >= 0 and bounds.max() <= 1000
+        looks = "; it looks like 0 .. 1000" if thousand else ""
+        raise InputError(f"{where}: {shown} lies outside its {width} x {height} image{looks};"
+                         " coordinates are pixels of the original image")
+    return bounds
+
+
+def check_frame(names, boxes, sizes, corners=True):
+    """Refuse boxes that, all together, look like another unit or order than pixel corners.
+
+    One box may be odd; a file of them tells. names (n): of the boxes; boxes (n, 4), as they were
+    given, [x0, y0, x1, y1]; sizes (n, 2): (width, height) of their images. corners False: boxes
+    were [x, y, width, height] in their file. InputError: the first of them and what it looks like.
+    """
+    if not len(boxes):
+        return
+    boxes, (w, h) = np.asarray(boxes, np.float64), np.asarray(sizes, np.float64).T
+    (x0, y0, x1, y1), n, low, high = boxes.T, len(boxes), boxes.min(1), boxes.max(1)
+    shares = (low >= 0) & (high <= (1 if corners else 2)) & (np.minimum(w, h) > 8)
+    turned = (x1 < x0) | (y1 < y0)
+    over = np.maximum(np.maximum(x1 / w, y1 / h), 1 + np.maximum(-x0 / w, -y0 / h))
+    far, small = over > (1.25 if n > 1 else 1.5), (low.min() >= 0) & (high.max() <= 1000)
+    looks, odd = None, far
+    if shares.mean() >= 0.5:
+        looks, odd = "divided by the image size", shares
+    elif corners and turned.mean() >= 0.05:
+        fits = ((x0 + x1 <= w + 1) & (y0 + y1 <= h + 1)).mean() > 0.95
+        looks, odd = "like [x, y, width, height]" if fits else "to have its corners turned", turned
+    elif not corners and n > 2 and (over > 1.02).mean() >= 0.2 and (
+            (x1 - x0 > x0) & (x1 - x0 <= w + 1) & (y1 - y0 > y0) & (y1 - y0 <= h + 1)).all():
+        looks, odd = "like corners [x0, y0, x1, y1] in place of [x, y, width, height]", over > 1.02
+    elif small and far.mean() >= 0.05:
+        looks = "like 0 .. 1000, not pixels"
+    elif n >= 10 and far.mean() >= 0.2:
+        looks = "as if made for an image of another size"
+    else:
+        for unit in (100, 1000):            # images are larger, yet no box goes beyond
+            if n >= 50 and 0.9 * unit < high.max() <= unit and 1.2 * unit < min(w.min(), h.min()):
+                looks, odd = f"like 0 .. {unit}, not pixels", high == high.max()
+    if looks:
+        i = int(odd.argmax())
+        box = boxes[i] if corners else [x0[i], y0[i], x1[i] - x0[i], y1[i] - y0[i]]
         raise InputError(
-            f"{where}: reaches from ({x.min():g}, {y.min():g}) to ({x.max():g}, {y.max():g}),"
-            f" outside its {width} x {height} image; coordinates are pixels of the original image")
+            f"{names[i]}: [{', '.join(f'{v:g}' for v in box)}] looks {looks}, as do {odd.sum()} of"
+            f" {n} boxes; boxes are pixels of the original image, here {w[i]:g} x {h[i]:g}")
 
 
 def _overlap(cells, others):
@@ -131,10 +211,9 @@ def _overlap(cells, others):
     return (upper - lower).clip(0).astype(np.float32)
 
 
-def _box_areas(box, image_size, edges_y, edges_x, where):
+def _box_areas(box, image_size, edges_y, edges_x):
     """Area that a box shares with each cell of a grid, given by its edges -> (m, n)."""
     x, y = np.float64(box)[[0, 2]], np.float64(box)[[1, 3]]
-    _check_inside(x, y, image_size, where)
     return np.outer(_overlap(edges_y, y.clip(0, image_size[1])),
                     _overlap(edges_x, x.clip(0, image_size[0])))
 
@@ -146,7 +225,7 @@ def region_coverage(regions, image_size, geometry, grid, where="regions", aspect
     height); grid: (rows, columns). `view_box` is divided evenly into the grid's cells; outside the
     image nothing is covered. The shares are exact. With A_y (rows, height) the share of each
     cell's height that lies in each pixel row, and A_x likewise, coverage = A_y mask A_x^T.
-    InputError: a malformed region, or one outside the image.
+    InputError: see `check_region`.
     """
     (width, height), (rows, columns) = image_size, grid
     x0, y0, x1, y1 = view_box(image_size, geometry, aspect)
@@ -157,8 +236,8 @@ def region_coverage(regions, image_size, geometry, grid, where="regions", aspect
     coverage = np.empty((len(regions), rows, columns), np.float32)
     for i, region in enumerate(regions):
         name = f"{where}: regions[{i}]"
-        if region_kind(region, name) == "bbox":                                 # needs no mask
-            areas = _box_areas(region["bbox"], image_size, edges_y, edges_x, name)
+        if "bbox" in region and check_region(region, image_size, name) is not None:  # needs no mask
+            areas = _box_areas(region["bbox"], image_size, edges_y, edges_x)
             coverage[i] = areas * per_cell
         else:
             coverage[i] = A_y @ region_mask(region, image_size, name) @ A_x.T
@@ -169,24 +248,18 @@ def region_mask(region, image_size, where):
     """The share of each pixel that a region covers: float32 (height, width) in [0, 1].
 
     Boxes: exact, fractions at the edges. Polygons: 1 where the pixel's centre is inside a ring by
-    the even-odd rule; rings are united. InputError: malformed, outside the image by more than a
-    pixel, or an RLE of another size than the image.
+    the even-odd rule; rings are united. InputError: see `check_region`.
     """
-    kind, (width, height) = region_kind(region, where), image_size
-    if kind == "bbox":
+    width, height = image_size
+    check_region(region, image_size, where)
+    if "bbox" in region:
         edges_y, edges_x = np.arange(height + 1.0), np.arange(width + 1.0)
-        return _box_areas(region["bbox"], image_size, edges_y, edges_x, where)
-    if kind == "polygon":
-        mask = np.zeros((height, width), bool)
-        for ring in region["polygon"]:
-            points = np.asarray(ring, np.float64).reshape(-1, 2)
-            _check_inside(points[:, 0], points[:, 1], image_size, where)
-            mask |= _inside_ring(points, width, height)
-    else:
-        if list(region["rle"]["size"]) != [height, width]:
-            raise InputError(f"{where}: rle size {region['rle']['size']} is not the image's"
-                             f" [height, width] = [{height}, {width}]")
-        mask = decode_rle(region["rle"], where)
+        return _box_areas(region["bbox"], image_size, edges_y, edges_x)
+    if "rle" in region:
+        return decode_rle(region["rle"], where).astype(np.float32)
+    mask = np.zeros((height, width), bool)
+    for ring in usable_rings(region["polygon"], where):
+        mask |= _inside_ring(np.asarray(ring, np.float64).reshape(-1, 2), width, height)
     return mask.astype(np.float32)
 
 
@@ -217,14 +290,22 @@ def _inside_ring(points, width, height):
 
 def decode_rle(rle, where="rle"):
     """{"size": [height, width], "counts": list or text} -> bool (height, width). InputError."""
+    counts, (height, width) = rle_counts(rle, where), map(int, rle["size"])
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def rle_counts(rle, where="rle", image_size=None):
+    """The lengths of its runs, int64. InputError: malformed, or not of an image's size."""
     size, counts = _numbers(rle["size"], f"{where}: rle size"), rle["counts"]
+    if image_size is not None and size.tolist() != list(image_size[::-1]):
+        raise InputError(f"{where}: rle size {rle['size']} is not the image's [height, width] ="
+                         f" [{image_size[1]}, {image_size[0]}]")
     counts = _counts_from_string(counts, where) if isinstance(counts, str | bytes) else counts
     counts = _numbers(counts, f"{where}: rle counts").astype(np.int64)
     if len(size) != 2 or (counts < 0).any() or counts.sum() != size[0] * size[1]:
         raise InputError(f"{where}: rle counts add up to {counts.sum()}, not to height x width"
                          f" of its size {rle['size']}")
-    height, width = size.astype(int)
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    return counts
 
 
 def encode_rle(mask, compressed=True):
@@ -280,17 +361,101 @@ STOP_WORDS = frozenset("""
     something and or but nor so yet as than if while because though although not very too also just
     only am is are was were be been being have has had having do does did doing will would shall
     should could may might must
+    never none nobody nothing cannot lacks lacking missing absent minus except excluding instead
 """.split())    # English; "can", "round" and "like" are missing: they are nouns or adjectives too
 
+# Letters with their marks, and digits, are one word; a word may hold hyphens and apostrophes.
+WORD = r"[\p{L}\p{M}\p{N}\u200c\u200d]+(?:[-'\u00b7\u05f3\u05f4][\p{L}\p{M}\p{N}\u200c\u200d]+)*"
+PIECE = regex.compile(WORD + r"|[^\s_]")                 # a word or a sign
+LETTER = regex.compile(r"\p{L}")
+SPACELESS = regex.compile(                              # scripts that put no spaces between words
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
-def content_words(phrase):
+
+def lowered(text):
+    """Lower case in NFC, with straight apostrophes: one spelling of a word, whoever typed it."""
+    text = unicodedata.normalize("NFC", text).lower()
+    return unicodedata.normalize("NFC", text).replace("\u2019", "'").replace("\u02bc", "'")
+
+
+def read_stop_words(name):
+    """--stop-words: "" (English), none, or a UTF-8 file -> sorted list, None for English."""
+    if not name:
+        return None
+    if name == "none":
+        return []
+    try:
+        return sorted(set(lowered(Path(name).read_text(encoding="utf-8-sig")).split()))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"--stop-words {name}: cannot be read ({reason}); name a file of words, or"
+                         " none") from None
+
+
+def content_words(phrase, stop_words=STOP_WORDS):
     """The words of a phrase that name something seen: lower case, in order, each once.
 
-    Stop words, numbers, "'s", "n't" forms drop out. "Two of the man's T-shirts" -> man, t-shirts.
+    Stop words, numbers, "'s" drop out, and what is said not to be there: see `pieces`.
+    "Two of the man's T-shirts" -> man, t-shirts. "A man without a hat" -> man. What a script writes
+    without spaces (Chinese, Japanese, Thai) is one word; the tokenizer divides it (`word_ids`).
     """
-    words = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", phrase.lower().replace("\u2019", "'"))
-    words = [word.removesuffix("'s") for word in words if not word.endswith("n't")]
-    return list(dict.fromkeys(word for word in words if word not in STOP_WORDS))
+    words = [word.removesuffix("'s") for word, said in pieces(phrase, stop_words) if said]
+    return list(dict.fromkeys(w for w in words if LETTER.search(w) and w not in stop_words))
+
+
+# What begins the naming of things that are not there, if it is among the stop words: so a list for
+# another language brings its own, or none.
+NEGATORS = frozenset("no not without never neither nor none nobody nothing cannot lacks lacking"
+                     " missing absent minus except excluding".split())
+PAIRS = {("instead", "of"), ("free", "of"), ("devoid", "of"), ("absence", "of"), ("lack", "of"),
+         ("rather", "than"), ("other", "than")}
+SEEN = frozenset("worn visible present there found shown seen".split())         # "mask not worn"
+# What is not there ends at a place ("not in the house") and, once named, where the phrase goes on
+# to something else.
+PLACES = frozenset("""
+    in on at by near next behind beside between beyond below beneath above under underneath over
+    inside outside against along around across through toward towards from onto into""".split())
+GOES_ON = PLACES | frozenset("""
+    with who whom whose which that where when while as because since though although is are was were
+    has have wearing holding carrying riding sitting standing""".split())
+SIGNS = frozenset("sign signs symbol symbols zone".split())         # "a no parking sign" is there
+
+
+@functools.lru_cache(2**14)
+def pieces(text, stop_words=STOP_WORDS):
+    """Words and signs of a text, lower case -> ((piece, said), ...); said: not named as missing.
+
+    A small English rule, ours. What follows a negator is not there, up to a sign (but for a comma
+    before an "or") or a word that goes on to something else: "no helmet", "without_mask", "not
+    wearing a hat", "a man with no shirt on a horse" (the horse is there). "Missing", "absent" and
+    "not worn" at the end negate what stands before them.
+    """
+    text = regex.sub(r"\bw/o\b", "without", lowered(text))
+    text = regex.sub(r"\b(no|not|without)-(?=\p{L}+\b(?!-))", r"\1 ", text)  # "no-mask"
+    found, active = PIECE.findall(text), NEGATORS & set(stop_words)
+    said, negated, named, clause = [True] * len(found), False, False, 0
+    for i, piece in enumerate(found):
+        rest = found[i + 1:]
+        after = rest[0] if rest else ""
+        if not LETTER.search(piece):
+            listed = piece == "," and not {"or", "nor"}.isdisjoint(rest)
+            if not listed and piece not in "'\"-" and not (piece.isdecimal() and named):
+                negated = False                                         # "no. 5" negates nothing
+                clause = clause if piece.isdecimal() else i + 1
+        elif active and (piece in active or piece.endswith("n't") or (piece, after) in PAIRS):
+            last = piece in ("missing", "absent") or after in SEEN
+            if last and not any(map(LETTER.search, rest[after in SEEN:])):
+                said[clause:] = [False] * (len(found) - clause)
+                break
+            said[i], negated, named = False, after not in ("only", "just", "merely"), False
+        else:
+            ends = GOES_ON if named else PLACES
+            if piece == "but" or piece in ends or (piece in SIGNS and after != "of"):
+                negated = False
+            named = named or piece not in stop_words
+            compound = regex.fullmatch(r"(non|no|not)-.*|.*-(free|less)", piece)    # "sugar-free"
+            said[i] = not negated and not (active and compound)
+    return tuple(zip(found, said))
 
 
 def region_phrase(region, where):
@@ -298,17 +463,29 @@ def region_phrase(region, where):
     phrase = region.get("phrase")
     if not isinstance(phrase, str) or not phrase.strip():
         raise InputError(f'{where}: "phrase" is missing, empty or not text')
+    check_unicode(phrase, f"{where}: phrase")
     return phrase
 
 
-def patch_words(regions, image_size, geometry, grid, threshold=0.25, where="regions", aspect=1.0):
+def check_unicode(text, where):
+    """InputError: half of a surrogate pair (an emoji cut in two), which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: character {error.start} is half of a surrogate pair") from None
+
+
+def patch_words(regions, image_size, geometry, grid, threshold=0.25, where="regions", aspect=1.0,
+                stop_words=None):
     """The words of each patch: those of all regions that cover at least `threshold` of it.
 
     -> P lists, row by row, each word once, in the order of the regions; [] is an unlabelled patch.
-    Arguments as in `region_coverage`. InputError: as there, or a region without a phrase.
+    Arguments as in `region_coverage`; stop_words: None for English. InputError: as there, or a
+    region without a phrase.
     """
     coverage = region_coverage(regions, image_size, geometry, grid, where, aspect)
-    phrases = [content_words(region_phrase(region, f"{where}: regions[{i}]"))
+    stop_words = STOP_WORDS if stop_words is None else stop_words
+    phrases = [content_words(region_phrase(region, f"{where}: regions[{i}]"), stop_words)
                for i, region in enumerate(regions)]
 
     @functools.cache                        # neighbouring patches lie in the same regions
@@ -323,16 +500,18 @@ def patch_words(regions, image_size, geometry, grid, threshold=0.25, where="regi
 # ---- words -> tokens -> the target distribution Y ------------------------------------------------
 
 
-def encode_text(tokenizer, text):
+def encode_text(tokenizer, text, plain=True):
     """Token ids of a piece of text as it reads after other text.
 
+    plain: special tokens in it, such as "</s>" in a question about HTML, are text like any other.
     Llama's tokenizer puts a space in front of whatever it encodes; a text that brings its own would
     get two, which the same words never have within a sentence.
     """
     if text.startswith(" "):
         first = tokenizer.encode(" a", add_special_tokens=False)[0]
         text = text[1:] if _is_blank(tokenizer, first) else text
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+    options = dict(add_special_tokens=False, split_special_tokens=plain, verbose=False)
+    return tokenizer(text, **options).input_ids if text else []
 
 
 def _is_blank(tokenizer, token):
@@ -340,9 +519,11 @@ def _is_blank(tokenizer, token):
 
 
 def word_ids(tokenizer, word):
-    """Tokens of a word within a sentence, those of " word". Blank and unknown ones drop out: [] for
-    a word that the tokenizer cannot write."""
-    return [token for token in encode_text(tokenizer, " " + word)
+    """Tokens of a word within a sentence: those of " word", or of the word alone in a script that
+    writes no spaces. Blank and unknown ones drop out: [] for one that the tokenizer cannot write.
+    """
+    blank = "" if SPACELESS.match(word) else " "
+    return [token for token in encode_text(tokenizer, blank + word)
             if token != tokenizer.unk_token_id and not _is_blank(tokenizer, token)]
 
 

@@ -222,9 +222,10 @@ def test_chat_labels(chat_tokenizer, tokenizer):
         START,
         USER_,
         BREAK,
+        -200,
+        -200,
+        BREAK,
         WHAT,
-        -200,
-        -200,
         IS,
         IT,
         END,
@@ -249,12 +250,12 @@ def test_chat_labels(chat_tokenizer, tokenizer):
         END,
         BREAK,
     ]
-    assert labels == [*[-100] * 13, A, CIRCLE, END, *[-100] * 10, BLUE, END, -100]
+    assert labels == [*[-100] * 14, A, CIRCLE, END, *[-100] * 10, BLUE, END, -100]
     assert (
         data.tokenize_prompt(
             [{"from": "human", "value": "what <image> is it"}], chat_tokenizer, "chat", 2
         )
-        == ids[:13]
+        == ids[:14]
     )
     with pytest.raises(InputError, match="^rec 7: .*--prompt"):
         data.tokenize(turns("what", "blue"), tokenizer, "chat", 0, 99, "rec 7")
@@ -421,11 +422,13 @@ def load(tmp_path, tokenizer):
         (record(**region(bbox=[0, 2, 3])), "regions[1]: bbox"),
         (record(**region(bbox=["0", 0, 3, 1])), "regions[1]: bbox"),
         (record(**region(bbox=[0, 0, 3, float("nan")])), "regions[1]: bbox"),
-        (record(**region(bbox=[0, 0, 9.5, 4])), "regions[1]: reaches"),
-        (record(**region(bbox=[-1.5, 0, 8, 4])), "regions[1]: reaches"),
+        (record(**region(bbox=[8, 0, 9.5, 4])), "regions[1]: [8, 0, 9.5, 4] lies outside"),
+        (record(**region(bbox=[-1.5, 0, 0, 4])), "regions[1]: [-1.5, 0, 0, 4] lies outside"),
         (record(**region(polygon=[[0, 0, 4, 4]])), "regions[1]: a polygon's ring"),
         (record(**region(polygon=[0, 0, 4, 4, 0, 4])), "regions[1]: a polygon"),
-        (record(**region(polygon=[[0, 0, 4, 4, 0, 6]])), "regions[1]: reaches"),
+        (record(**region(polygon=[[0, 4, 4, 5, 0, 6]])), "regions[1]: [0, 4, 4, 6] lies outside"),
+        (record(conversations=turns("<image>", " ")), "turn 1, the answer, is empty"),
+        (record(conversations=turns("<image>", "a \ud83d")), "half of a surrogate pair"),
         (record(**region(polygon=[[0, 0, 4, 4, 0, "4"]])), "regions[1]: polygon"),
         (record(**region(rle=[1])), "regions[1]: an rle"),
         (record(**region(rle={"size": 32, "counts": [32]})), "regions[1]: an rle"),

@@ -136,10 +136,11 @@ def test_vqa_accuracy_of_one_answer_after_the_official_normalisation(prediction,
     )
 
 
-def test_vqa_answers_that_are_all_the_same_are_not_normalised():
-    assert evaluation.vqa_accuracy("Yes.", ["yes"] * 10) == 0
-    assert evaluation.vqa_accuracy(" yes\t", ["yes"] * 10) == 1
-    assert evaluation.vqa_accuracy("Yes.", ["yes"] * 9 + ["no"]) == 1
+def test_the_official_script_normalises_only_where_answers_differ():
+    assert evaluation.vqa_accuracy("Yes.", ["yes"] * 10) == 1
+    assert evaluation.vqa_accuracy("Yes.", ["yes"] * 10, official=True) == 0
+    assert evaluation.vqa_accuracy(" yes\t", ["yes"] * 10, official=True) == 1
+    assert evaluation.vqa_accuracy("Yes.", ["yes"] * 9 + ["no"], official=True) == 1
     with pytest.raises(InputError, match="none"):
         evaluation.vqa_accuracy("yes", [])
 
@@ -281,7 +282,7 @@ MIXED = [
         5 / 40,
         True,
     ),  # 60 .. 75 high; of the square: 70 .. 100
-    ("refer", None, [20, 20, 100, 100], "[0.5, 0.5, 0.4, 0.4]", 0.0, True),  # an inverted box
+    ("refer", None, [20, 20, 100, 100], "[0.5, 0.5, 0.4, 0.4]", 1 / 32, True),  # inverted
     ("refer", None, [20, 20, 100, 100], "somewhere", 0.0, False),
     ("vqa", "color", VQA10, "red", 0.6, True),
     ("vqa", "color", "red", "red", 1.0, True),
@@ -381,9 +382,9 @@ def test_a_file_of_all_tasks(sft, mixed, tmp_path, monkeypatch, capsys):
         ["a red dog", ""], [["A red dog.", "a cat"], ["the blue water"]]
     )
     values = {
-        "mIoU": (1 + 5 / 40) / 4,
+        "mIoU": (1 + 5 / 40 + 1 / 32) / 4,
         "Acc@0.5": 1 / 4,
-        "mIoU (square)": (80 / 160 + 1) / 4,
+        "mIoU (square)": (80 / 160 + 1 + 1 / 16) / 4,
         "Acc@0.5 (square)": 2 / 4,
         "accuracy": 2.6 / 4,
         "exact": 2 / 4,
@@ -408,10 +409,10 @@ def test_a_file_of_all_tasks(sft, mixed, tmp_path, monkeypatch, capsys):
         str(sft[0]),
         "sft",
     ) and "versus" not in result
-    assert (result["records"], result["unparsed"]) == ({"mixed": 12}, {"mixed": 4})
+    assert (result["records"], result["unread"]) == ({"mixed": 12}, {"mixed": 4})
     printed = capsys.readouterr().out
     assert re.search(r"mixed/accuracy/color +2 +0\.800 \[", printed) and re.search(
-        r"unparsed +4 of 12", printed
+        r"unread +4 of 12", printed
     )
     assert printed.splitlines()[-1].endswith(f"next: python probe.py {sft[0]}")
 
@@ -455,7 +456,7 @@ def test_checkpoints_are_compared_on_the_same_draws(sft, mixed, tmp_path, monkey
             and d["low"] <= d["difference"] <= d["high"] <= 0
         )
         assert d["low"] == pytest.approx(-first["scores"][key]["high"], abs=1e-9)
-    assert silent["unparsed"] == {"mixed": 12} and same["unparsed"] == {"mixed": 4}
+    assert silent["unread"] == {"mixed": 12} and same["unread"] == {"mixed": 4}
     assert re.search("silent - first .*same - first", capsys.readouterr().out.splitlines()[0])
 
 
@@ -475,9 +476,9 @@ def test_the_frame_of_boxes_is_a_flag_and_a_limit_is_spread(sft, mixed, tmp_path
     assert (
         result["records"] == {"mixed": 6} and result["scores"]["mixed/mIoU"]["n"] == 2
     )  # r0 and r2 of r0, r2, .., r10
-    assert result["scores"]["mixed/mIoU (image)"]["value"] == 0.5 and result["scores"][
-        "mixed/mIoU"
-    ]["value"] == pytest.approx(0.25)
+    scores = result["scores"]
+    assert scores["mixed/mIoU (image)"]["value"] == pytest.approx((1 + 1 / 32) / 2)
+    assert scores["mixed/mIoU"]["value"] == pytest.approx((1 / 2 + 1 / 16) / 2)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -513,12 +514,12 @@ def turns(*said):
             'record r1: "answer" [9, 0, 3, 4] does not match task refer: expected a box',
         ),
         (
-            {"task": "refer", "answer": [0, 0, 42, 20]},
-            "record r1: the answer's box [0, 0, 42, 20] reaches outside its 40 x 20 image",
+            {"task": "refer", "answer": [40, 0, 42, 20]},
+            "record r1: answer: [40, 0, 42, 20] lies outside its 40 x 20 image",
         ),
         (
-            {"task": "refer", "answer": [0, -2, 4, 20]},
-            "record r1: the answer's box [0, -2, 4, 20] reaches outside its 40 x 20 image",
+            {"task": "refer", "answer": [0, 0, 0.5, 1]},
+            "record r1: answer: [0, 0, 0.5, 1] looks divided by the image size",
         ),
         (
             {"task": "caption", "answer": []},
