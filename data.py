@@ -155,10 +155,24 @@ def orientation(image):
 def image_header(path, where):
     """-> ((width, height) upright, EXIF orientation), without decoding pixels. InputError."""
     with _readable(path, where) as image:
-        turn, (width, height) = orientation(image), image.size
+        known = image.format != "PNG" or image.info.keys() & {"exif", "XML:com.adobe.xmp"}
+        # PIL decodes a PNG to look for what may stand behind its pixels
+        turn = orientation(image) if known or _speaks_last(path) else 1
+        width, height = image.size
         if turn > 4 and image.format != "TIFF":         # PIL turns TIFF by itself
             width, height = height, width
         return (width, height), turn
+
+
+def _speaks_last(path):
+    """Whether a PNG has a chunk of EXIF or XMP anywhere."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            if head[4:] in (b"eXIf", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    return False
 
 
 def open_image(path, where):
@@ -434,6 +448,7 @@ class Records(torch.utils.data.Dataset):
         self.stop_words = STOP_WORDS if stop_words is None else frozenset(stop_words)
         self.require_image, self.source, self.skip_bad = require_image, source, False
         self.numbers = range(len(records))          # of the records in their file
+        self.known_size = lambda index: None        # of an image that need not be looked at
         self.tokens_of = {}                         # word -> token ids, filled as words occur
         view_box((1, 1), geometry)                  # what is wrong with all records is said now
         _segments([("user", "question"), ("assistant", "answer")], tokenizer, prompt, source)
@@ -487,12 +502,18 @@ class Records(torch.utils.data.Dataset):
         self.check_form(index)
         record, where, size, turn, bounds = self.records[index], self.where(index), None, None, None
         if record.get("image") is not None:
-            size, turn = image_header(image_path(record, self.image_dir, where), where)
+            size, turn = self.header(index)
             bounds = [check_region(region, size, f"{where}: regions[{i}]")
                       for i, region in enumerate(record.get("regions") or [])]
         tokenize(record["conversations"], self.tokenizer, self.prompt,
                  self.patches if size else 0, self.max_length, where)
         return size, turn, bounds
+
+    def header(self, index):
+        """-> ((width, height) upright, EXIF orientation) of a record's image. InputError."""
+        known, where = self.known_size(index), self.where(index)
+        path = image_path(self.records[index], self.image_dir or "", where)
+        return (known, 1) if known else image_header(path, where)
 
     def leave_out(self, indices):
         """Drop records. InputError: none is left."""

@@ -21,6 +21,7 @@ writes: eval.json, predictions.jsonl beside each ckpt.pt (eval-NAME.json beside 
 import json
 import math
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -457,7 +458,8 @@ def answerable(path, items, toy):
     if not toy:
         raise InputError(f"{path}: this is a checkpoint of stage {stage}, which only captions, but"
                          f" {questions[0]['where']} has task {questions[0]['task']}; run torchrun"
-                         f" sft.py {path} first or give --data with captions only")
+                         f" sft.py {shlex.quote(str(path))} first or give --data with captions"
+                         " only")
     runtime.log(f"{path}: a checkpoint of stage {stage} only captions, so {TOY[0]}.jsonl alone")
     return [item for item in items if item["file"] == TOY[0]]
 
@@ -467,7 +469,7 @@ def answerable(path, items, toy):
 
 def predict(model, items, batch_size, max_new_tokens):
     """Greedy answers to the items, in their order. A batch holds prompts of about one length."""
-    patches, prompt = model.grid[0] * model.grid[1], model.config["prompt"]
+    patches, prompt = model.patches, model.config["prompt"]
     prompts = [data.tokenize_prompt(item["conversations"], model.tokenizer, prompt,
                                     patches if item["image"] else 0, item["where"])
                for item in items]
@@ -652,8 +654,8 @@ def main(args):
     following = f"look at {files[-1][1]}"
     if len(results) == 1:
         first = args.checkpoints[0]
-        tune = f"torchrun sft.py {first}" + " --data ..." * bool(args.data)
-        following = tune if results[0]["stage"] == "pretrain" else f"python probe.py {first}"
+        tune = ["torchrun", "sft.py", first] + ["--data", "..."] * bool(args.data)
+        following = tune if results[0]["stage"] == "pretrain" else ["python", "probe.py", first]
     runtime.finished([file for pair in files for file in pair], following)
 
 

@@ -236,7 +236,8 @@ def region_coverage(regions, image_size, geometry, grid, where="regions", aspect
     coverage = np.empty((len(regions), rows, columns), np.float32)
     for i, region in enumerate(regions):
         name = f"{where}: regions[{i}]"
-        if "bbox" in region and check_region(region, image_size, name) is not None:  # needs no mask
+        if region_kind(region, name) == "bbox":                                 # needs no mask
+            check_region(region, image_size, name)
             areas = _box_areas(region["bbox"], image_size, edges_y, edges_x)
             coverage[i] = areas * per_cell
         else:
@@ -251,12 +252,12 @@ def region_mask(region, image_size, where):
     the even-odd rule; rings are united. InputError: see `check_region`.
     """
     width, height = image_size
+    if region_kind(region, where) == "rle":
+        return decode_rle(region["rle"], where, image_size).astype(np.float32)
     check_region(region, image_size, where)
     if "bbox" in region:
         edges_y, edges_x = np.arange(height + 1.0), np.arange(width + 1.0)
         return _box_areas(region["bbox"], image_size, edges_y, edges_x)
-    if "rle" in region:
-        return decode_rle(region["rle"], where).astype(np.float32)
     mask = np.zeros((height, width), bool)
     for ring in usable_rings(region["polygon"], where):
         mask |= _inside_ring(np.asarray(ring, np.float64).reshape(-1, 2), width, height)
@@ -288,9 +289,9 @@ def _inside_ring(points, width, height):
 # (maskApi.c of cocoapi)
 
 
-def decode_rle(rle, where="rle"):
+def decode_rle(rle, where="rle", image_size=None):
     """{"size": [height, width], "counts": list or text} -> bool (height, width). InputError."""
-    counts, (height, width) = rle_counts(rle, where), map(int, rle["size"])
+    counts, (height, width) = rle_counts(rle, where, image_size), map(int, rle["size"])
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
@@ -321,19 +322,24 @@ def encode_edges(edges, size, compressed=True):
 
 
 def _counts_from_string(text, where):
-    counts, value, shift = [], 0, 0
-    for group in text if isinstance(text, bytes) else text.encode():
-        group -= 48
-        if not 0 <= group < 64 or shift > 30:
-            raise InputError(f"{where}: rle counts are not a compressed COCO string")
-        value |= (group & 31) << shift
-        shift += 5
-        if not group & 32:
-            value -= (group & 16) << (shift - 4)                                # sign extension
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
+    group = np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8)
+    group = group.astype(np.int64) - 48
+    last = group & 32 == 0                              # of a number
+    if (group < 0).any() or (group > 63).any():
+        raise InputError(f"{where}: rle counts are not a compressed COCO string")
+    if not last[-1:].all():
         raise InputError(f"{where}: rle counts end within a number")
+    ends = np.flatnonzero(last)
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(len(group)) - np.repeat(begins, ends - begins + 1)
+    if (place > 6).any():
+        raise InputError(f"{where}: rle counts are not a compressed COCO string")
+    if not len(ends):
+        return ends
+    counts = np.add.reduceat((group & 31) << (5 * place), begins)
+    counts -= np.where(group[ends] & 16, 32 << (5 * place[ends]), 0)            # sign extension
+    for first in (1, 2):                                # each minus the one two before it
+        counts[first::2] = counts[first::2].cumsum()
     return counts
 
 

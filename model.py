@@ -38,8 +38,8 @@ from transformers import (
 from transformers.utils import logging
 
 from backbones.loading import (
-    check_encoder, embedding_scale, encoder_input, find_model, load_backbone, native_grid, patchify,
-    read_processor)
+    check_encoder, check_finite, embedding_scale, encoder_input, find_model, load_backbone,
+    native_grid, patchify, read_processor)
 from data import IGNORE, IMAGE_TOKEN, Records, end_ids, read_records
 from kernels.patch_loss import cosine_loss, patch_loss
 from labels import sides
@@ -57,9 +57,10 @@ class PatchAlignedModel(nn.Module):
 
     config: vision, llm (folders or hub names), projector, pool, image_size (0: what the image
     processor says), geometry, feature_layer, prompt, coverage, tau, patch_weight, patch_loss
-    (softmax | cosine), centre_words; after stage 2 also tune (full | lora) and lora {rank, alpha,
-    dropout, modules}. pretrain.py's flags say what each is. Without `weights` nothing is read but
-    configurations: all is on torch's meta device, and the tokenizer is None where there is none.
+    (softmax | cosine), centre_words, stop_words (None: English); after stage 2 also tune (full |
+    lora) and lora {rank, alpha, dropout, modules}. pretrain.py's flags say what each is. Without
+    `weights` nothing is read but configurations: all is on torch's meta device, and the tokenizer
+    is None where there is none.
     InputError: a backbone that cannot be loaded.
     """
 
@@ -94,9 +95,11 @@ class PatchAlignedModel(nn.Module):
         self.config = dict(config, image_size=size, vision=vision, llm=llm)
         kind, pool, D = config["projector"], config.get("pool", 1), self.word_embeddings.shape[1]
         try:
-            self.grid = output_grid(kind, self.encoder_grid, pool)          # rows x columns = P
+            grid = output_grid(kind, self.encoder_grid, pool)
         except ValueError as error:
             raise InputError(f"--{error}") from None
+        self.grid = None if isinstance(grid, int) else grid                 # rows x columns = P
+        self.patches = grid if isinstance(grid, int) else grid[0] * grid[1]
         self.projector = PROJECTORS[kind](settings.hidden_size, D, self.encoder_grid, pool)
         self.embedding_scale = embedding_scale(self.llm)
         self.words_centre = None  # (D,), once it is needed
@@ -144,12 +147,13 @@ class PatchAlignedModel(nn.Module):
         return width / height
 
     def records(self, path: str, image_dir: str, regions: str = "", max_length: int = 2048,
-                require_image: bool = True) -> Records:
-        """The records of a file as samples for this model."""
+                require_image: bool = True, checked: bool = True) -> Records:
+        """The records of a file as samples for this model; checked: see `Records`."""
         size, geometry, mean, std, resample = self.image_form
         return Records(
             read_records(path, regions or None), image_dir, self.tokenizer, image_size=size,
-            geometry=geometry, grid=self.grid, mean=mean, std=std, resample=resample,
+            geometry=geometry, grid=self.grid or self.patches, mean=mean, std=std,
+            resample=resample, stop_words=self.config.get("stop_words"), checked=checked,
             prompt=self.config["prompt"], max_length=max_length, coverage=self.config["coverage"],
             require_image=require_image, source=path, pad_id=self.pad_id)
 
@@ -403,9 +407,10 @@ def load_checkpoint(path, device="cpu",
 
 
 def load_trained(model: PatchAlignedModel, saved: dict[str, torch.Tensor], path) -> None:
-    """Load what `trained_state` returned. InputError unless every tensor has its place, and exactly
-    the frozen ones are missing."""
+    """Load what `trained_state` returned. InputError unless every tensor has its place and finite
+    values, and exactly the frozen ones are missing."""
     own = model.state_dict()
+    check_finite(saved.items(), str(path))
     for name, tensor in saved.items():
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "no such tensor"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import runtime
 from data import IGNORE, PROMPTS, StepSampler
 from kernels.patch_loss import check_overflow, default_impl
-from labels import GEOMETRIES
+from labels import GEOMETRIES, read_stop_words
 from model import PatchAlignedModel, load_trained, save_checkpoint
 from projector import PROJECTORS
 from runtime import InputError
@@ -72,6 +72,8 @@ class Args:
     """share of a patch that a region must cover to label it"""
     centre_words: bool = False
     """patch loss on embeddings less the mean word embedding"""
+    stop_words: str = ""
+    """words of a phrase that label nothing: a file, or none; else English"""
     # --- optimisation
     steps: int = -1
     """updates; -1: one pass over the data (toy world: 500)"""
@@ -92,6 +94,8 @@ class Args:
     """steps between validations; 0: about five in all"""
     max_length: int = 2048
     """tokens per sample, patches included; longer ones are cut"""
+    skip_bad: bool = False
+    """leave out records that cannot be used, and count them"""
     cache_features: str = ""
     """folder that keeps Z: later epochs and runs need no encoder"""
     workers: int = -1
@@ -109,7 +113,7 @@ class Args:
 
 WARMUP, CLIP = 0.03, 1.0        # share of the steps with rising rate; largest norm of the gradient
 CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt",
-          "coverage", "tau", "patch_weight", "patch_loss", "centre_words")     # a checkpoint knows
+          "coverage", "tau", "patch_weight", "patch_loss", "centre_words", "stop_words")
 FREE = {"out", "resume", "micro_batch", "workers", "cache_features", "save_every", "log_every",
         "val_every"}                                                           # change no result
 
@@ -135,12 +139,18 @@ def check(args: Args) -> Args:
         steps=toy.PRETRAIN["steps"] if args.steps < 0 else args.steps)
 
 
+def config_of(args: Args) -> dict:
+    """What a checkpoint remembers of the flags."""
+    config = {name: getattr(args, name) for name in CONFIG}
+    return config | dict(stop_words=read_stop_words(args.stop_words))
+
+
 def dry_run(args: Args) -> None:
     """Print what the run would take; write its configurations for stage 2's dry run."""
     from extras import dry_run
 
     args = check(args)
-    config = {name: getattr(args, name) for name in CONFIG}
+    config = config_of(args)
     model = PatchAlignedModel(config, dry_run.precision(args), weights=False)
     with runtime.atomic(Path(args.out) / "plan.pt") as path:
         save_checkpoint(path, model, "plan", {}, state={})
@@ -155,6 +165,8 @@ def main(args: Args) -> None:
     """Train and write the checkpoint."""
     if args.dry_run:
         return dry_run(args) if runtime.rank() == 0 else None
+    from extras.check import check_records
+    from extras.guard import Guard
 
     # ---- set-up
     device = runtime.start(args.seed)
@@ -162,11 +174,14 @@ def main(args: Args) -> None:
     dtype = runtime.precision(device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     own_data, args, out = bool(args.data), check(args), Path(args.out)
+    runtime.lock(out)
 
     # ---- model: backbones in `dtype`, the projector in float32
-    config = {name: getattr(args, name) for name in CONFIG}
-    model = PatchAlignedModel(config, dtype).to(device)
+    model = PatchAlignedModel(config_of(args), dtype).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if args.patch_weight and model.grid is None:
+        raise InputError(f"--projector {args.projector}: its outputs have no places in the image,"
+                         " so no region can label them; use --patch-weight 0")
     if args.patch_loss == "softmax":
         try:
             check_overflow(args.tau, len(model.word_embeddings), torch.float32)
@@ -174,15 +189,22 @@ def main(args: Args) -> None:
             raise InputError("--" + str(error).split(", or impl=")[0]) from None
 
     # ---- data: what a step trains on is a function of the step alone, so a loader has no state
-    dataset = model.records(args.data, args.image_dir, args.regions, args.max_length)
-    held_out = None
+    options = dict(max_length=args.max_length, checked=False)
+    dataset, held_out = model.records(args.data, args.image_dir, args.regions, **options), None
     if args.val_data:
-        held_out = model.records(args.val_data, args.image_dir, max_length=args.max_length)
+        held_out = model.records(args.val_data, args.image_dir, **options)
     if args.cache_features:
         from extras.cache import FeatureCache
 
         dataset = FeatureCache(args.cache_features, model, dataset)
         held_out = held_out and FeatureCache(args.cache_features, model, held_out)
+    learns = check_records(dataset, args.skip_bad, every=own_data)
+    if held_out:
+        check_records(held_out, args.skip_bad, every=own_data)
+    if args.patch_weight and not learns:
+        raise InputError(f"{args.data}: no patch has a label, so --patch-weight"
+                         f" {args.patch_weight:g} has nothing to teach; give regions (--regions,"
+                         " python annotate.py), or --patch-weight 0")
     steps = args.steps if args.steps >= 0 else max(1, len(dataset) // args.batch_size)
     sampler = StepSampler(len(dataset), args.batch_size, args.seed, rank, world)
     share = args.batch_size // world                    # of a batch, per process
@@ -214,65 +236,74 @@ def main(args: Args) -> None:
         f" {str(dtype).removeprefix('torch.')}; patch loss {args.patch_loss} ({impl}), weight"
         f" {args.patch_weight:g}, tau {args.tau:g}")
 
+    def save_state(done: int) -> None:
+        runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(),
+                            optimizer=optimizer.state_dict())
+
     # ---- loop
     means = dict(val_caption_loss=("caption_loss", "caption_tokens"),
                  val_patch_loss=("patch_loss", "patches"))
     val_every, result = args.val_every or max(1, steps // 5), {}
+    guard = Guard(out, parameters, device, save_state)
     progress = tqdm(range(first, steps), desc="pretrain", initial=first, total=steps,
                     disable=rank > 0, mininterval=1)
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * runtime.cosine(step, steps, int(WARMUP * steps))
-        weight = args.patch_weight
-        if args.patch_schedule == "decay":
-            weight = weight * (1 - step / steps)
+    with guard:
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * runtime.cosine(step, steps, int(WARMUP * steps))
+            weight = args.patch_weight
+            if args.patch_schedule == "decay":
+                weight = weight * (1 - step / steps)
 
-        # Losses are sums, divided by the true counts of the global batch. The labels tell the
-        # counts before the first forward pass. Nothing that lies on a GPU is read but in logged
-        # steps: the host prepares the next step while the GPU is at this one.
-        accumulated = [next(batches) for _ in range(0, share, micro)]
-        counts = torch.tensor([
-            sum(int((b["labels"] != IGNORE).sum()) for b in accumulated),
-            sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated),
-        ], dtype=torch.float64)
-        counts = counts.to(device, non_blocking=True) if world > 1 else counts
-        runtime.all_sum([counts])
-        tokens, patches = counts.float().clamp_min(1)
-        totals = torch.zeros(2, dtype=torch.float32, device=device)         # caption, patch: sums
-        for batch in accumulated:
-            with autocast:
-                sums = model(dataset.complete(runtime.to_device(batch, device)))
-            caption, patch = sums["caption_loss"], sums["patch_loss"]
-            (caption / tokens + weight * patch / patches).backward()
-            totals += torch.stack([caption.detach(), patch.detach()])
-        runtime.all_sum([p.grad for p in parameters] + [totals])  # sums: counts are global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            # Losses are sums, divided by the true counts of the global batch. The labels tell the
+            # counts before the first forward pass. Nothing that lies on a GPU is read but in logged
+            # steps: the host prepares the next step while the GPU is at this one.
+            accumulated = [next(batches) for _ in range(0, share, micro)]
+            counts = torch.tensor([
+                sum(int((b["labels"] != IGNORE).sum()) for b in accumulated),
+                sum(int((b["patch_weights"].sum(-1) > 0).sum()) for b in accumulated),
+            ], dtype=torch.float64)
+            counts = counts.to(device, non_blocking=True) if world > 1 else counts
+            runtime.all_sum([counts])
+            tokens, patches = counts.float().clamp_min(1)
+            totals = torch.zeros(2, dtype=torch.float32, device=device)     # caption, patch: sums
+            for batch in accumulated:
+                with autocast:
+                    sums = model(dataset.complete(runtime.to_device(batch, device)))
+                caption, patch = sums["caption_loss"], sums["patch_loss"]
+                (caption / tokens + weight * patch / patches).backward()
+                totals += torch.stack([caption.detach(), patch.detach()])
+            runtime.all_sum([p.grad for p in parameters] + [totals])  # sums: counts are global
+            norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            guard.watch(step, accumulated, totals, norm)
+            with guard.update(step + 1):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        if done % args.log_every == 0 or done == steps:
-            caption, patch = map(runtime.mean, totals.tolist(), counts.tolist())
-            metrics.write(done, caption_loss=caption, patch_loss=patch, grad_norm=norm.item(),
-                          lr=optimizer.param_groups[0]["lr"], **dataset.metrics())
-            progress.set_postfix(caption=caption, patch=patch)
-        if validation and (done % val_every == 0 or done == steps):
-            result = validation(model, means, autocast)
-            metrics.write(done, **result)
-            runtime.log(f"step {done}: {runtime.shown(result)}")
-        if done % args.save_every == 0 or done == steps:
-            runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(),
-                                optimizer=optimizer.state_dict())
+            done = step + 1
+            if done % args.log_every == 0 or done == steps:
+                guard.check()
+                caption, patch = map(runtime.mean, totals.tolist(), counts.tolist())
+                metrics.write(done, caption_loss=caption, patch_loss=patch, grad_norm=norm.item(),
+                              lr=optimizer.param_groups[0]["lr"], **dataset.metrics())
+                progress.set_postfix(caption=caption, patch=patch)
+            if validation and (done % val_every == 0 or done == steps):
+                result = guard.refuse(done, validation(model, means, autocast))
+                metrics.write(done, **result)
+                runtime.log(f"step {done}: {runtime.shown(result)}")
+            if guard.due() or done % args.save_every == 0 or done == steps:
+                guard.save(done)
 
     # ---- save
     dataset.flush()
+    guard.tell_skipped()
     if validation and not result:
-        result = validation(model, means, autocast)
+        result = guard.refuse(steps, validation(model, means, autocast))
     if rank == 0:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
-    source = f" --data {args.val_data or args.data} --image-dir {args.image_dir}" * own_data
-    runtime.finished(out / "ckpt.pt", f"python probe.py {out / 'ckpt.pt'}{source}")
+    source = ["--data", args.val_data or args.data, "--image-dir", args.image_dir] * own_data
+    runtime.finished(out / "ckpt.pt", ["python", "probe.py", out / "ckpt.pt", *source])
 
 
 if __name__ == "__main__":

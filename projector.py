@@ -10,7 +10,8 @@
                    MLP (Honeybee)                                                      rounded
 
 Patches are in rows of the grid, from the top left. Patch labels follow `output_grid` by themselves.
-A new projector needs its builder in PROJECTORS, and its name in POOLING if it pools.
+A new projector needs its builder in PROJECTORS, and its name in POOLING if it pools, or in
+PLACELESS if its outputs have no places in the image, like a resampler's: it gets no patch labels.
 """
 import torch
 from torch import nn
@@ -114,13 +115,17 @@ class CAbstractor(nn.Module):
 PROJECTORS = {"linear": linear, "mlp2x_gelu": mlp2x_gelu, "pixel_shuffle": PixelShuffle,
               "c_abstractor": CAbstractor}
 POOLING = ("pixel_shuffle", "c_abstractor")
+PLACELESS = {}                              # kind: (grid, pool) -> number of outputs
 
 
-def output_grid(kind: str, grid: tuple[int, int], pool: int) -> tuple[int, int]:
+def output_grid(kind: str, grid: tuple[int, int], pool: int) -> tuple[int, int] | int:
     """The grid (rows, columns) of patches after projector `kind`, from the encoder's grid.
 
-    A pooling projector divides each side by `pool`. ValueError: `pixel_shuffle` cannot.
+    A pooling projector divides each side by `pool`. One of PLACELESS has a number of outputs in the
+    place of a grid. ValueError: `pixel_shuffle` cannot divide.
     """
+    if kind in PLACELESS:
+        return PLACELESS[kind](grid, pool)
     if kind not in POOLING:
         return grid
     rows, columns = grid

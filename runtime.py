@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import errno
 import inspect
 import itertools
 import json
@@ -26,6 +27,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
+
+try:
+    import fcntl
+except ImportError:                                      # Windows
+    fcntl = None
 
 
 class InputError(ValueError):
@@ -116,20 +122,21 @@ def parse(cls, doc: str, argv: list[str] | None = None):
 def run(main, cls, doc: str) -> None:
     """`main(args)` with flags from the command line.
 
-    InputError, and a file that the system refuses, become one line on stderr and exit status 2. Any
-    other exception is a bug and keeps its traceback.
+    InputError, and a file or a disk that the system refuses, become one line on stderr and exit
+    status 2. Any other exception is a bug and keeps its traceback.
     """
     try:
         main(parse(cls, doc))
     except (InputError, OSError) as error:
-        if isinstance(error, OSError) and not error.filename:
-            raise
         system = isinstance(error, OSError)
-        message = f"{error.filename}: {error.strerror}" if system else str(error).strip()
-        message = message.splitlines()[-1]              # a loader's worker has a traceback in front
+        if system and not error.filename and error.errno not in FULL:
+            raise
+        message = f"{error.filename or 'writing'}: {error.strerror}" if system else str(error)
+        message = message.strip().splitlines()[-1]      # a loader's worker has a traceback in front
         print("error: " + message.removeprefix("runtime.InputError: "), file=sys.stderr)
         sys.exit(2)
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -270,9 +277,15 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 # ---- files and log -------------------------------------------------------------------------------
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)     # of a disk
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary file to write to, renamed to `path` on success: never half a file."""
+    """A temporary file to write to, renamed to `path` on success: never half a file.
+
+    InputError: the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -281,9 +294,52 @@ def atomic(path):
         yield Path(temporary)
         os.chmod(temporary, 0o644)                       # mkstemp's files are private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        torch_failed = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+        if torch_failed or (isinstance(error, OSError) and error.errno in FULL):
+            reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
+            raise InputError(f"{path}: cannot be written ({reason}); what was there is as it was"
+                             ) from None
         raise
+
+
+LOCKS = {}                                               # folder: its open lock file
+
+
+def lock(out: Path) -> None:
+    """Keep other runs out of a folder until `unlock`. InputError: one is there.
+
+    The system holds the lock, so it ends with this process, however that ends.
+    """
+    if rank() or fcntl is None or out in LOCKS:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return                                       # a file system without locks
+        file.seek(0)
+        raise InputError(f"--out {out}: process {file.read().strip() or '?'} is writing there; wait"
+                         " for it, or name another folder") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    LOCKS[out] = file
+    there = os.stat(file.name) if os.path.exists(file.name) else None
+    if there is None or there.st_ino != os.fstat(file.fileno()).st_ino:
+        unlock()                                         # the one before removed it meanwhile
+        lock(out)
+
+
+def unlock() -> None:
+    """Let other runs into the folders of this one."""
+    while LOCKS:
+        _, file = LOCKS.popitem()
+        Path(file.name).unlink(missing_ok=True)
+        file.close()
 
 
 def begin(out: Path) -> None:
@@ -331,9 +387,12 @@ def log(*text) -> None:
         tqdm.write(" ".join(str(t) for t in text))
 
 
-def finished(files, following: str = "") -> None:
-    """The last line of a stage: what it wrote, and the next command."""
+def finished(files, following: str | list = "") -> None:
+    """The last line of a stage: what it wrote, and the next command, if a list to paste in a shell.
+    """
+    unlock()
     files = [files] if isinstance(files, str | Path) else files
+    following = following if isinstance(following, str) else shlex.join(map(str, following))
     log(f"wrote {', '.join(map(str, files))}" + f"; next: {following}" * bool(following))
 
 
@@ -355,8 +414,9 @@ class Metrics:
         if rank() == 0:
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
             row = {"step": step, "seconds": round(time.time() - self.began, 1), **row}
+            line = json.dumps(row, allow_nan=False) + "\n"          # the caller refuses NaN
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line)
 
 
 def shown(values: dict[str, float]) -> str:

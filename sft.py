@@ -92,6 +92,8 @@ class Args:
     """steps between validations; 0: about five in all"""
     max_length: int = 2048
     """tokens per sample, patches included; longer ones are cut"""
+    skip_bad: bool = False
+    """leave out records that cannot be used, and count them"""
     cache_features: str = ""
     """folder that keeps Z: later epochs and runs need no encoder"""
     workers: int = -1
@@ -235,13 +237,16 @@ def main(args: Args) -> None:
     """Train and write the checkpoint."""
     if args.dry_run:
         return dry_run(args) if runtime.rank() == 0 else None
+    from extras.check import check_records
+    from extras.guard import Guard
 
     # ---- set-up
     device = runtime.start(args.seed)
     rank, world = runtime.rank(), runtime.world()
     dtype = runtime.precision(device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    args, out = check(args), Path(args.out)
+    own_data, args, out = bool(args.data), check(args), Path(args.out)
+    runtime.lock(out)
 
     # ---- model
     model, state, first = inherit(args, dtype), None, 0
@@ -262,7 +267,7 @@ def main(args: Args) -> None:
     parameters = projector + rest
 
     # ---- data: what a step trains on is a function of the step alone, so a loader has no state
-    options = dict(max_length=args.max_length, require_image=False)
+    options = dict(max_length=args.max_length, require_image=False, checked=False)
     dataset, held_out = model.records(args.data, args.image_dir, **options), None
     if args.val_data:
         held_out = model.records(args.val_data, args.image_dir, **options)
@@ -271,6 +276,9 @@ def main(args: Args) -> None:
 
         dataset = FeatureCache(args.cache_features, model, dataset)
         held_out = held_out and FeatureCache(args.cache_features, model, held_out)
+    check_records(dataset, args.skip_bad, every=own_data)
+    if held_out:
+        check_records(held_out, args.skip_bad, every=own_data)
     steps = args.steps if args.steps >= 0 else max(1, len(dataset) // args.batch_size)
     sampler = StepSampler(len(dataset), args.batch_size, args.seed, rank, world)
     share = args.batch_size // world                    # of a batch, per process
@@ -298,62 +306,72 @@ def main(args: Args) -> None:
         f"{' in shards' if args.shard else ''}, learning rates {args.lr:g} and"
         f" {args.projector_lr:g} (projector); {device.type}, {str(dtype).removeprefix('torch.')}")
 
+    def save_state(done: int) -> None:
+        trained = model.trained_state()                         # first: it splits FSDP's root again
+        whole = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        runtime.save_resume(out / "resume.pt", args, done, config=model.config,
+                            model=trained, optimizer=whole)
+
     # ---- loop
     means = dict(val_loss=("caption_loss", "caption_tokens"))
     val_every, result = args.val_every or max(1, steps // 5), {}
+    guard = Guard(out, parameters, device, save_state)
     progress = tqdm(range(first, steps), desc="sft", initial=first, total=steps, disable=rank > 0,
                     mininterval=1)
-    for step in progress:
-        torch.manual_seed(hash((args.seed, step, rank)))        # dropout needs no state to resume
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * runtime.cosine(step, steps, int(WARMUP * steps))
+    with guard:
+        for step in progress:
+            torch.manual_seed(hash((args.seed, step, rank)))    # dropout needs no state to resume
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * runtime.cosine(step, steps, int(WARMUP * steps))
 
-        # The loss is a sum, divided by the true count of the global batch. The labels tell the
-        # count before the first forward pass. Nothing that lies on a GPU is read but in logged
-        # steps: the host prepares the next step while the GPU is at this one.
-        accumulated = [next(batches) for _ in range(0, share, micro)]
-        count = sum(int((b["labels"] != IGNORE).sum()) for b in accumulated)
-        count = torch.tensor(count, dtype=torch.float64)
-        count = count.to(device, non_blocking=True) if world > 1 else count
-        runtime.all_sum([count])
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        for batch in accumulated:
-            with autocast:
-                batch = dataset.complete(runtime.to_device(batch, device))
-                loss = model(batch)["caption_loss"]
-            scale = world if args.shard else 1                  # FSDP averages over the processes
-            (loss * scale / count.float()).backward()
-            total += loss.detach()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        gradients = [] if args.shard else gradients             # FSDP's are summed already
-        runtime.all_sum([*gradients, total])                    # sums: the count is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        done = step + 1
-        if done % args.log_every == 0 or done == steps:
+            # The loss is a sum, divided by the true count of the global batch. The labels tell the
+            # count before the first forward pass. Nothing that lies on a GPU is read but in logged
+            # steps: the host prepares the next step while the GPU is at this one.
+            accumulated = [next(batches) for _ in range(0, share, micro)]
+            count = sum(int((b["labels"] != IGNORE).sum()) for b in accumulated)
+            count = torch.tensor(count, dtype=torch.float64)
+            count = count.to(device, non_blocking=True) if world > 1 else count
+            runtime.all_sum([count])
+            total = torch.zeros((), dtype=torch.float32, device=device)
+            for batch in accumulated:
+                with autocast:
+                    batch = dataset.complete(runtime.to_device(batch, device))
+                    loss = model(batch)["caption_loss"]
+                scale = world if args.shard else 1              # FSDP averages over the processes
+                (loss * scale / count.float()).backward()
+                total += loss.detach()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradients = [] if args.shard else gradients         # FSDP's are summed already
+            runtime.all_sum([*gradients, total])                # sums: the count is global
+            norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            loss = runtime.mean(total.item(), count.item())
-            metrics.write(done, loss=loss, grad_norm=norm.item(),
-                          lr=optimizer.param_groups[1]["lr"], **dataset.metrics())
-            progress.set_postfix(loss=loss)
-        if validation and (done % val_every == 0 or done == steps):
-            result = validation(model, means, autocast)
-            metrics.write(done, **result)
-            runtime.log(f"step {done}: {runtime.shown(result)}")
-        if done % args.save_every == 0 or done == steps:
-            trained = model.trained_state()                     # first: it splits FSDP's root again
-            whole = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-            runtime.save_resume(out / "resume.pt", args, done, config=model.config,
-                                model=trained, optimizer=whole)
-        if args.keep_every and done % args.keep_every == 0 and done < steps:
-            save(out / f"ckpt-{done}.pt", model, dict(steps=done), dtype)
+            guard.watch(step, accumulated, total, norm)
+            with guard.update(step + 1):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            if done % args.log_every == 0 or done == steps:
+                guard.check()
+                loss = runtime.mean(total.item(), count.item())
+                metrics.write(done, loss=loss, grad_norm=norm.item(),
+                              lr=optimizer.param_groups[1]["lr"], **dataset.metrics())
+                progress.set_postfix(loss=loss)
+            if validation and (done % val_every == 0 or done == steps):
+                result = guard.refuse(done, validation(model, means, autocast))
+                metrics.write(done, **result)
+                runtime.log(f"step {done}: {runtime.shown(result)}")
+            if guard.due() or done % args.save_every == 0 or done == steps:
+                guard.save(done)
+            if args.keep_every and done % args.keep_every == 0 and done < steps:
+                guard.check_whole()
+                save(out / f"ckpt-{done}.pt", model, dict(steps=done), dtype)
 
     # ---- save
     dataset.flush()
+    guard.tell_skipped()
     if validation and not result:
-        result = validation(model, means, autocast)
+        result = guard.refuse(steps, validation(model, means, autocast))
     written = out / ("factors.pt" if args.merge else "ckpt.pt")
     save(written, model, dict(result, steps=steps), dtype)
     if args.merge and rank == 0:
@@ -362,7 +380,7 @@ def main(args: Args) -> None:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, merged, "sft", checkpoint["metrics"])
         written.unlink()
-    runtime.finished(out / "ckpt.pt", f"python eval.py {out / 'ckpt.pt'}")
+    runtime.finished(out / "ckpt.pt", ["python", "eval.py", out / "ckpt.pt"])
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ No name of a family stands here but as an example. model.py puts the parts toget
 """
 import contextlib
 import math
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 from labels import sides
 from runtime import InputError
@@ -44,8 +46,11 @@ def located(name: str) -> str:
 
 def load_backbone(auto, name: str, flag: str, weights: bool = True, **options):
     """`auto.from_pretrained` with a one-line error. Without `weights`: a model on the meta device,
-    from its configuration alone, and None for a tokenizer that is not there."""
+    from its configuration alone, and None for a tokenizer that is not there. InputError: also where
+    a model's weights do not fit its config, are missing, or are not finite."""
     try:
+        if weights and hasattr(auto, "from_config") and auto is not AutoConfig:
+            return load_weights(auto, name, flag, options)
         if weights:
             return auto.from_pretrained(located(name), **options)
         if auto is AutoTokenizer:
@@ -58,6 +63,42 @@ def load_backbone(auto, name: str, flag: str, weights: bool = True, **options):
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{flag} {name}: {auto.__name__} cannot load it ({reason})") from None
+
+
+def load_weights(auto, name: str, flag: str, options: dict):
+    """A model whose every tensor comes from its folder, with numbers in it. InputError."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()           # its report is a table; the first line of it is ours
+    try:
+        model, report = auto.from_pretrained(
+            located(name), ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(level)
+    for key, found, expected in sorted(report["mismatched_keys"], key=lambda row: row[0]):
+        raise InputError(f"{flag} {name}: {key} has the shape {tuple(found)} in its weights, but"
+                         f" {tuple(expected)} by its config.json; they belong to different models")
+    missing = sorted(report["missing_keys"])
+    if auto is AutoModel:                   # heads and the text half of a CLIP are not used
+        part = "vision_model." if hasattr(model, "vision_model") else ""
+        used = re.compile(rf"^{part}.*(embed|\blayers?\.\d)")
+        missing = [key for key in missing if used.search(key)]
+    if missing:
+        raise InputError(f"{flag} {name}: {missing[0]} is not among its weights, nor are"
+                         f" {len(missing) - 1} others; the folder is incomplete")
+    check_finite(model.named_parameters(), f"{flag} {name}")
+    return model
+
+
+def check_finite(tensors, where: str) -> None:
+    """(name, tensor) pairs. InputError: the first that holds NaN or an infinity, and where."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.itemsize < 2:
+            continue
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            row = (~tensor.isfinite()).reshape(len(tensor) if tensor.ndim else 1, -1).any(1)
+            raise InputError(f"{where}: {name} holds values that are not finite (row"
+                             f" {int(row.int().argmax())} and {int(row.sum()) - 1} more of"
+                             f" {len(row)}); it is damaged, or its training diverged")
 
 
 def check_encoder(settings, name: str):

@@ -11,6 +11,7 @@ Three files in the folder, named after a hash of the key:
 
 A row is written before its size, so half a row is never read. Several processes may read and write.
 """
+import errno
 import hashlib
 import json
 import os
@@ -31,14 +32,16 @@ class FeatureCache(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, model, records: data.Records):
-        self.dataset, self.records, self.model = records, records.records, model
-        names = sorted({r["image"] for r in self.records if r.get("image") is not None})
-        numbers = {name: i for i, name in enumerate(names)}
-        self.rows = [numbers.get(record.get("image")) for record in self.records]
+        self.dataset, self.model = records, model
+        images = [r.get("image") if isinstance(r, dict) else None for r in records.records]
+        folder_of = Path(records.image_dir or "")
+        names = sorted({n for n in images if isinstance(n, str) and (folder_of / n).is_file()})
+        self.numbers = {name: i for i, name in enumerate(names)}
+        records.known_size = self.known_size            # of what is here no image is looked at
         self.shape = model.encoder_patches, model.encoder.config.hidden_size        # P_v, D_v
         self.dtype = next(model.encoder.parameters()).dtype
         row_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
-        stats = [os.stat(Path(records.image_dir) / name) for name in names]
+        stats = [os.stat(folder_of / name) for name in names]
         stamps = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats)]
         key = dict(
             encoder=model.config["vision"], weights=fingerprint(model.encoder),
@@ -64,9 +67,10 @@ class FeatureCache(torch.utils.data.Dataset):
                 with runtime.atomic(path.with_suffix(".json")) as temporary:
                     temporary.write_text(text)              # last: with it the other two are whole
             runtime.barrier()
-        except OSError as error:
-            raise InputError(f"--cache-features {folder}: {error.strerror}; {lengths[0] / 1e9:,.3f}"
-                             " GB are needed; name another folder, or leave it out") from None
+        except (OSError, InputError) as error:
+            reason = getattr(error, "strerror", None) or os.strerror(errno.ENOSPC)
+            raise InputError(f"--cache-features {folder}: {reason}; {lengths[0] / 1e9:,.3f} GB are"
+                             " needed; name another folder, or leave it out") from None
         shape = max(1, len(names)), row_bytes
         self.Z = np.memmap(path, np.uint8, "r+", shape=shape) if names else None
         self.sizes = np.memmap(there, np.int32, "r+", shape=(shape[0], 2)) if names else None
@@ -74,13 +78,29 @@ class FeatureCache(torch.utils.data.Dataset):
         here = int((self.sizes[:, 0] > 0).sum()) if names else 0
         runtime.log(f"features: {here:,} of {len(names):,} images are in {path}")
 
+    @property
+    def records(self) -> list[dict]:
+        """Those of the dataset, some of which may have been left out."""
+        return self.dataset.records
+
+    def row_of(self, index: int) -> int | None:
+        """The row of a record's image; None without one."""
+        return self.numbers.get(self.records[index].get("image"))
+
+    def known_size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) of a record's image, if its features are here."""
+        row = self.row_of(index)
+        there = row is not None and self.sizes[row].all()
+        return tuple(self.sizes[row].tolist()) if there else None
+
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        row = self.rows[index]
+        row = self.row_of(index)
         if row is None or not self.sizes[row].all():
-            return self.dataset[index] | dict(row=row, features=None)
+            sample = self.dataset[index]                    # maybe another one, if it is broken
+            return sample | dict(row=self.row_of(sample["index"]), features=None)
         Z = torch.from_numpy(self.Z[row].copy()).view(self.dtype).view(self.shape)
         sample = self.dataset.sample(index, tuple(self.sizes[row].tolist()))
         return sample | dict(row=row, features=Z)

@@ -181,7 +181,7 @@ class Shape(NamedTuple):
 def meta_batch(model, shape: Shape) -> dict[str, torch.Tensor]:
     """A batch as `data.collate` makes it, of shapes alone."""
     B, N, T, first = shape
-    P, size = model.grid[0] * model.grid[1], sides(model.config["image_size"])
+    P, size = model.patches, sides(model.config["image_size"])
     integers = dict(dtype=torch.int64, device="meta")
     return dict(
         input_ids=torch.empty(B, T, **integers), labels=torch.empty(B, T, **integers),
@@ -355,7 +355,7 @@ def report(model, args, stage: str) -> None:
     micro = min(args.micro_batch or share, share)
     passes = -(-share // micro)
     shards, checkpointing = getattr(args, "shard", False), getattr(args, "checkpointing", False)
-    P, (V, D) = model.grid[0] * model.grid[1], model.word_embeddings.shape
+    P, (V, D) = model.patches, model.word_embeddings.shape
     if P + 1 >= T:
         raise InputError(f"--max-length {T} leaves no room for text beside an image's {P} tokens")
     shape = Shape(micro, micro, T, P + 1)                   # all of the text is answers

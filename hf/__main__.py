@@ -38,13 +38,13 @@ class Import:
 def write_folder(args: Export) -> None:
     """Checkpoint -> folder."""
     export(args.checkpoint, args.out, args.dtype)
-    runtime.finished(args.out, f"python probe.py {args.out}")
+    runtime.finished(args.out, ["python", "probe.py", args.out])
 
 
 def write_checkpoint(args: Import) -> None:
     """Folder or hub name -> checkpoint."""
     import_folder(args.folder, args.checkpoint)
-    runtime.finished(args.checkpoint, f"python eval.py {args.checkpoint}")
+    runtime.finished(args.checkpoint, ["python", "eval.py", args.checkpoint])
 
 
 def main() -> None:

@@ -18,14 +18,19 @@ from runtime import InputError
 
 # ---- chat templates ------------------------------------------------------------------------------
 
-# A turn's content as text: a string, or a list of images and texts, an item per line.
+# A turn's content as text: a string, or a list of images and texts, an item per line. The image
+# comes first, as `data.check_turns` has it.
 SAID = r"""{%- macro said(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}
-{%- for item in content -%}
-{{- '' if loop.first else '\n' -}}{{- '<image>' if item.type == 'image' else item.text -}}
-{%- endfor -%}
+{%- set own = namespace(text=content, images=0) -%}
+{%- if content is not string -%}
+{%- set own.text = content | rejectattr('type', 'equalto', 'image') | map(attribute='text')
+    | join('\n') -%}
+{%- set own.images = content | selectattr('type', 'equalto', 'image') | list | length -%}
+{%- elif '<image>' in content -%}
+{%- set own.text = content | replace('<image>', '') | trim -%}
+{%- set own.images = 1 -%}
 {%- endif -%}
+{{- '<image>' * own.images -}}{{- '\n' if own.images and own.text -}}{{- own.text -}}
 {%- endmacro -%}
 """
 PLAIN = SAID + """{%- for message in messages -%}
@@ -83,14 +88,14 @@ def candidates(tokenizer, prompt: str) -> list[str]:
 
 
 def conversations(prompt: str) -> list[list[dict]]:
-    """What a template is tried on: the image first, last, with an earlier answer; no image."""
+    """What a template is tried on: with an image, with an earlier answer, without an image."""
     def turns(*texts):
         return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
     if prompt == "plain":
         return [turns("<image>\nDescribe the image.")]
-    return [turns("<image>\nWhat is it?"), turns("What is it?\n<image>"),
-            turns("<image>\nWhat is it?", "A red dog.", "And its left ear?"), turns("Who are you?")]
+    return [turns("<image>\nWhat is it?"), turns("Who are you?"),
+            turns("<image>\nWhat is it?", "A red dog.", "And its left ear?")]
 
 
 def as_messages(turns: list[dict]) -> list[dict]:

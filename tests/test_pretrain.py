@@ -84,7 +84,7 @@ def test_overfitting_one_batch_lowers_both_losses(here, flags, tmp_path):
 def test_an_error_in_mid_run_loses_nothing_and_resuming_is_not_noticeable(
     here, flags, straight, world, tmp_path
 ):
-    """An image of the fifth step is broken: one line, and resume.pt of step 3 stays. Mended and
+    """An image of the fifth step is broken: one line, and resume.pt of step 4. Mended and
     resumed, the run ends as if unstopped."""
     images = tmp_path / "images"
     shutil.copytree(world / "images", images)
@@ -104,7 +104,7 @@ def test_an_error_in_mid_run_loses_nothing_and_resuming_is_not_noticeable(
     assert changed.returncode == 2 and "with --tau 0.07; use the same flags" in changed.stderr
     resumed = here("pretrain.py", *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert "at step 3" in resumed.stdout
+    assert "at step 4" in resumed.stdout
     assert_same(straight, tmp_path / "run", 0)
 
 
