@@ -15,9 +15,10 @@
            --vision facebook/dinov2-small                            # what training will see
 
 Each process writes what it has done to a part file beside OUT, line by line; the first one puts the
-parts together, in order. An interrupted run goes on from its parts, with the same flags. What is
-wrong with an image or a region costs that alone, is counted, and is listed in OUT.problems. A JSON
-file is read whole, about 7 times its size in memory, by each process.
+parts together, in order. An interrupted run goes on from its parts, with the same flags and inputs.
+What is wrong with an image or a region costs that alone, is counted, and is listed in OUT.problems.
+Boxes that look like another unit end the run. A JSON file is read whole, about 7 times its size in
+memory, by each process.
 
 reads:  the annotation files, and every image once, since a broken one would stop training
 writes: OUT, records as JSONL; OUT.problems; with --inspect also OUT with the ending .png
@@ -26,9 +27,11 @@ import contextlib
 import dataclasses
 import datetime
 import glob
+import hashlib
 import importlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +48,13 @@ from runtime import InputError
 # ---- Args ----------------------------------------------------------------------------------------
 
 USES = {                                            # the flags that each source reads
-    "coco": {"instances", "panoptic", "captions", "captions_per_image"},
-    "flickr30k": {"data", "split", "captions_per_image", "to", "resized"}, "grandf": {"data"},
-    "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to"},
-    "llava": {"data"}, "": set(),
-    "images": {"data", "tagger", "detector", "segmenter", "threshold", "batch_size", "dtype"}}
+    "coco": {"instances", "panoptic", "captions", "captions_per_image", "to", "boxes_on"},
+    "flickr30k": {"data", "split", "captions_per_image", "to", "resized", "boxes_on"},
+    "grandf": {"data", "boxes_on"},
+    "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to", "boxes_on"},
+    "llava": {"data", "boxes_on"}, "": set(),
+    "images": {"data", "tagger", "detector", "segmenter", "threshold", "batch_size", "dtype",
+               "boxes_on", "stop_words"}}
 
 
 @dataclass
@@ -64,15 +69,17 @@ class Args:
     """folder that image names are relative to"""
     out: str = ""
     """file to write, .jsonl"""
-    to: str = field(default="records", metadata={"choices": ["records", "refer"]})
-    """refer: for eval.py (flickr30k, refcoco)"""
+    to: str = field(default="records", metadata={"choices": ["records", "refer", "caption"]})
+    """refer, caption: for eval.py"""
     split: str = ""
     """refcoco: of references; flickr30k: file of image ids"""
     captions_per_image: int = 1
     """records per image, one for each of its first captions; 0: all"""
     inspect: int = 0
     """draw this many images with their labels, and print a summary"""
-    # --- coco, refcoco, flickr30k
+    # --- files of annotations
+    boxes_on: str = field(default="", metadata={"choices": ["", "upright", "stored"]})
+    """which pixels boxes of turned images are on; as the format's tools"""
     instances: str = ""
     """COCO's instances file"""
     panoptic: str = ""
@@ -94,6 +101,9 @@ class Args:
     """images at a time"""
     dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]})
     """auto: bfloat16 on a GPU that has it"""
+    # --- images, inspect
+    stop_words: str = ""
+    """words that name nothing: a file, or none; else English"""
     # --- inspect: the encoder's input, as for pretrain.py
     vision: str = ""
     """encoder; none: a grid of 16 x 16"""
@@ -111,6 +121,7 @@ class Args:
 
 SEEN = {"image_size", "projector", "pool"}          # of the encoder of --vision
 LOOK = {"inspect", "vision", "geometry", "coverage"} | SEEN         # these do not change OUT
+TO = {"refer": ("flickr30k", "refcoco"), "caption": ("coco", "flickr30k", "refcoco")}
 
 
 def check(args: Args) -> None:
@@ -124,6 +135,8 @@ def check(args: Args) -> None:
         flag = f"--{f.name.replace('_', '-')}"
         if getattr(args, f.name) == f.default:
             continue
+        if f.name == "stop_words" and args.inspect:
+            continue
         if f.name in LOOK and not args.inspect:
             raise InputError(f"{flag} is read by --inspect alone")
         if f.name not in USES[args.from_] | LOOK | {"from_", "out", "image_dir"}:
@@ -131,8 +144,10 @@ def check(args: Args) -> None:
             raise InputError(f"{flag} is not read {source}")
         if f.name in SEEN and not args.vision:
             raise InputError(f"{flag} is not read without --vision, an encoder")
-    if args.inspect and args.to == "refer":
-        raise InputError("--inspect draws regions, which the records of --to refer do not have")
+    if args.inspect and args.to in TO:
+        raise InputError(f"--inspect draws regions, which records of --to {args.to} do not have")
+    if args.to in TO and args.from_ not in TO[args.to]:
+        raise InputError(f"--to {args.to} is made of {', '.join(TO[args.to])} alone")
     if args.from_ in ("grandf", "llava") and not Path(args.data).is_file():
         raise InputError(f"--from {args.from_} needs --data, a file; {args.data!r} is none")
     if not Path(args.image_dir or "/dev/null").is_dir():
@@ -149,7 +164,8 @@ def check(args: Args) -> None:
 
 # ---- parts, then the whole -----------------------------------------------------------------------
 #
-# A part file: a line with the flags, then a line per image, [its number, records, problems].
+# A part file: a line with flags and inputs, then a line per image, [its number, records, problems,
+# counts of what was mended].
 
 
 def part_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -172,11 +188,11 @@ def found_in(parts: list[Path], count: int) -> np.ndarray:
     return where
 
 
-def part_line(number: int, records: list[dict], problems: list[str]) -> bytes:
+def part_line(number: int, records: list[dict], problems) -> bytes:
     """The line of an image. A text with half of a surrogate pair (an emoji cut in two) cannot be
     written, and costs its record.
     """
-    kept = []
+    kept, counts = [], problems.counts
     for record in records:
         try:
             json.dumps(record, ensure_ascii=False).encode()
@@ -184,7 +200,7 @@ def part_line(number: int, records: list[dict], problems: list[str]) -> bytes:
         except UnicodeEncodeError:
             problems = [*problems, f"record {record.get('id')}: a text or file name is not Unicode"
                         " (half of a surrogate pair)"]
-    line = json.dumps([number, kept, problems], ensure_ascii=False) + "\n"
+    line = json.dumps([number, kept, problems, counts], ensure_ascii=False) + "\n"
     return line.encode(errors="replace")
 
 
@@ -195,9 +211,40 @@ def parts_of(out: Path) -> list[Path]:
 
 
 def delete(parts: list[Path]) -> None:
-    """Of parts whose records are in OUT."""
+    """Of parts whose records are in OUT, or not wanted."""
     for part in parts:
         part.unlink()
+
+
+def fingerprint(inputs: list) -> str:
+    """A hash of what OUT is made of: files by their bytes, folders by names, sizes and times."""
+    code = hashlib.sha256()
+    for path in map(Path, inputs):
+        if path.is_file():
+            with open(path, "rb") as file:
+                code.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            stats = [(str(p), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
+            code.update(repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode())
+    return code.hexdigest()
+
+
+def same_run(out: Path, header: dict) -> None:
+    """Keep parts that were made of the same inputs with the same flags; else start anew, and say
+    why. InputError: other flags."""
+    for part in parts_of(out):
+        _, line = next(part_lines(part), (0, b""))
+        try:
+            found = json.loads(line) if line else header
+        except ValueError:
+            found = {}
+        if found | {"inputs": 0} != header | {"inputs": 0}:
+            raise InputError(f"{part} is left of a run with other flags or files; delete"
+                             f" {out}.rank-* to start again")
+        if found.get("inputs") != header.get("inputs"):
+            runtime.log(f"{out}: its annotations have changed since the run that was interrupted;"
+                        " starting anew")
+            return delete(parts_of(out))
 
 
 def write_part(source, out: Path, header: dict) -> None:
@@ -206,12 +253,11 @@ def write_part(source, out: Path, header: dict) -> None:
     Images are converted in the same batches, whatever the number of processes and wherever a run
     stopped: a model's scores depend on what else is in the batch. InputError: parts of another run.
     """
+    if runtime.rank() == 0:
+        same_run(out, header)
+    runtime.barrier()
     rank, world, batch = runtime.rank(), runtime.world(), source.batch
     first_line = (json.dumps(header) + "\n").encode()
-    for part in parts_of(out):
-        if next(part_lines(part), (0, first_line))[1] != first_line:
-            raise InputError(f"{part} is left of a run with other flags or files; delete"
-                             f" {out}.rank-* to start again")
     done = found_in(parts_of(out), source.count)[:, 0] >= 0
     runtime.barrier()                               # all have read before any writes
     own = out.parent / f"{out.name}.rank-{rank}"
@@ -221,6 +267,7 @@ def write_part(source, out: Path, header: dict) -> None:
     if done.any():
         runtime.log(f"going on: {done.sum()} of {source.count} images were done")
     with open(own, "ab") as file:
+        runtime.hold(file, f"--out {out}")
         file.truncate(keep)
         file.write(b"" if keep else first_line)
         for start in tqdm(starts, desc="annotate", unit=f" x {batch} images", disable=rank > 0):
@@ -230,10 +277,10 @@ def write_part(source, out: Path, header: dict) -> None:
             file.flush()
 
 
-def merge(source, out: Path) -> tuple[int, list[str]]:
+def merge(source, out: Path) -> tuple[int, list[str], Counter]:
     """Put all parts together into OUT, in order, and the problems into OUT.problems.
 
-    The parts are deleted. -> (number of records, problems).
+    The parts are deleted. -> (number of records, problems, counts of what was mended).
     """
     parts = parts_of(out)
     where = found_in(parts, source.count)
@@ -241,14 +288,15 @@ def merge(source, out: Path) -> tuple[int, list[str]]:
         raise InputError(f"{out}: {(where[:, 0] < 0).sum()} images are in no part; --out must lie"
                          " in a folder that all machines share")
     problems = [text.encode(errors="replace").decode() for text in source.problems]
-    count, listing = 0, Path(f"{out}.problems")
+    count, counts, listing = 0, Counter(), Path(f"{out}.problems")
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(runtime.atomic(out))    # last, so an OUT there is complete
         file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
         files = [stack.enter_context(open(part, "rb")) for part in parts]
         for part, at in where.tolist():
             files[part].seek(at)
-            _, records, own = json.loads(files[part].readline())
+            _, records, own, mended = json.loads(files[part].readline())
+            counts.update(mended)
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             problems += own
             count += len(records)
@@ -261,7 +309,7 @@ def merge(source, out: Path) -> tuple[int, list[str]]:
             reason = f": {problems[0]} (all: {listing})" if problems else ""
             raise InputError(f"no record could be made of {source.count} images{reason}")
     delete(parts)
-    return count, problems
+    return count, problems, counts
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -273,13 +321,16 @@ def convert(args: Args, out: Path) -> None:
     if not source.count:
         raise InputError(f"--from {args.from_}: no images")
     out.parent.mkdir(parents=True, exist_ok=True)
+    source.check_units()
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in LOOK}
-    write_part(source, out, flags | {"images": source.count})
+    write_part(source, out, flags | dict(images=source.count, inputs=fingerprint(source.inputs)))
     runtime.barrier()
     if runtime.rank() == 0:
-        count, problems = merge(source, out)
+        count, problems, counts = merge(source, out)
         listing = f", all in {out}.problems:" * bool(problems)
         print(f"{count} records of {source.count} images; {len(problems)} problems{listing}")
+        for what, n in counts.items():
+            print(f"  {n} {what}")
         for problem in problems[:10]:
             print("  " + problem)
 
@@ -304,10 +355,10 @@ def main(args: Args) -> None:
         delete(parts_of(out))
     drawn = args.inspect and runtime.rank() == 0 and inspect(args, *seen)
     wrote = [out] * bool(args.from_) + [out.with_suffix(".png")] * bool(drawn)
-    stage = "eval.py runs/sft/ckpt.pt" if args.to == "refer" else "pretrain.py"
-    encoder = f" --vision {args.vision} --geometry {args.geometry}" * bool(args.vision)
-    runtime.finished(wrote or "nothing", f"python {stage} --data {out} --image-dir {args.image_dir}"
-                     f"{encoder}")
+    stage = ["eval.py", "runs/sft/ckpt.pt"] if args.to in TO else ["pretrain.py"]
+    encoder = ["--vision", args.vision, "--geometry", args.geometry] * bool(args.vision)
+    runtime.finished(wrote or "nothing", ["python", *stage, "--data", out, "--image-dir",
+                                          args.image_dir, *encoder])
 
 
 if __name__ == "__main__":

@@ -445,7 +445,7 @@ class Records(torch.utils.data.Dataset):
         self.image_form = image_size, geometry, mean, std, resample
         self.aspect = sides(image_size)[1] / sides(image_size)[0]
         self.prompt, self.max_length, self.coverage = prompt, max_length, coverage
-        self.stop_words = STOP_WORDS if stop_words is None else frozenset(stop_words)
+        self.stop_words = STOP_WORDS if stop_words in (None, "") else frozenset(stop_words)
         self.require_image, self.source, self.skip_bad = require_image, source, False
         self.numbers = range(len(records))          # of the records in their file
         self.known_size = lambda index: None        # of an image that need not be looked at

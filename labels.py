@@ -153,7 +153,8 @@ def check_region(region, image_size, where):
         rle_counts(region["rle"], where, image_size)
         return None
     shown = f"[{', '.join(f'{n:g}' for n in bounds)}]"
-    if bounds.min() >= 0 and bounds.max() <= 1 and min(image_size) > 8:
+    shares = bounds.min() >= 0 and bounds.max() <= 1 and (bounds[2:] > bounds[:2]).any()
+    if shares and min(image_size) > 8:
         raise InputError(f"{where}: {shown} looks divided by the image size; coordinates are pixels"
                          f" of the original image, here {width} x {height}")
     if min(bounds[2:]) <= 0 or bounds[0] >= width or bounds[1] >= height:
@@ -179,18 +180,18 @@ def check_frame(names, boxes, sizes, corners=True):
     turned = (x1 < x0) | (y1 < y0)
     over = np.maximum(np.maximum(x1 / w, y1 / h), 1 + np.maximum(-x0 / w, -y0 / h))
     far, small = over > (1.25 if n > 1 else 1.5), (low.min() >= 0) & (high.max() <= 1000)
-    looks, odd = None, far
+    looks, odd, many = None, far, 0.1 if n >= 20 else 0.5       # of a few, one may be odd by itself
     if shares.mean() >= 0.5:
         looks, odd = "divided by the image size", shares
-    elif corners and turned.mean() >= 0.05:
+    elif corners and turned.mean() >= many:
         fits = ((x0 + x1 <= w + 1) & (y0 + y1 <= h + 1)).mean() > 0.95
         looks, odd = "like [x, y, width, height]" if fits else "to have its corners turned", turned
     elif not corners and n > 2 and (over > 1.02).mean() >= 0.2 and (
             (x1 - x0 > x0) & (x1 - x0 <= w + 1) & (y1 - y0 > y0) & (y1 - y0 <= h + 1)).all():
         looks, odd = "like corners [x0, y0, x1, y1] in place of [x, y, width, height]", over > 1.02
-    elif small and far.mean() >= 0.05:
+    elif small and far.mean() >= many:
         looks = "like 0 .. 1000, not pixels"
-    elif n >= 10 and far.mean() >= 0.2:
+    elif n >= 20 and far.mean() >= 0.2:
         looks = "as if made for an image of another size"
     else:
         for unit in (100, 1000):            # images are larger, yet no box goes beyond
@@ -198,10 +199,12 @@ def check_frame(names, boxes, sizes, corners=True):
                 looks, odd = f"like 0 .. {unit}, not pixels", high == high.max()
     if looks:
         i = int(odd.argmax())
+        out = f"reaches outside its {w[i]:g} x {h[i]:g} image; it " * (odd is far)
+        looks = f"{out}looks {looks}"
         box = boxes[i] if corners else [x0[i], y0[i], x1[i] - x0[i], y1[i] - y0[i]]
         raise InputError(
-            f"{names[i]}: [{', '.join(f'{v:g}' for v in box)}] looks {looks}, as do {odd.sum()} of"
-            f" {n} boxes; boxes are pixels of the original image, here {w[i]:g} x {h[i]:g}")
+            f"{names[i]}: [{', '.join(f'{v:g}' for v in box)}] {looks}, as do {odd.sum()} of {n}"
+            f" boxes; boxes are pixels of the original image, here {w[i]:g} x {h[i]:g}")
 
 
 def _overlap(cells, others):

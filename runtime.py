@@ -307,26 +307,32 @@ def atomic(path):
 LOCKS = {}                                               # folder: its open lock file
 
 
-def lock(out: Path) -> None:
-    """Keep other runs out of a folder until `unlock`. InputError: one is there.
+def hold(file, flag: str) -> bool:
+    """Lock an open file while this process has it open; -> whether the file system has locks.
 
-    The system holds the lock, so it ends with this process, however that ends.
+    The system holds the lock, so it ends with this process, however that ends. InputError: another
+    process has it.
     """
-    if rank() or fcntl is None or out in LOCKS:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "a+")
+    if fcntl is None:
+        return False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return                                       # a file system without locks
-        file.seek(0)
-        raise InputError(f"--out {out}: process {file.read().strip() or '?'} is writing there; wait"
-                         " for it, or name another folder") from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+            return False
+        raise InputError(f"{flag}: another process is writing there; wait for it, or name another"
+                         " place") from None
+    return True
+
+
+def lock(out: Path) -> None:
+    """Keep other runs out of a folder until `unlock`. InputError: one is there."""
+    if rank() or out in LOCKS:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    if not hold(file, f"--out {out}"):
+        return
     LOCKS[out] = file
     there = os.stat(file.name) if os.path.exists(file.name) else None
     if there is None or there.st_ino != os.fstat(file.fileno()).st_ino:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from annotations import Source, checked, image_size, listed, records_of, tables
-from data import open_image, read_json
-from labels import decode_rle, encode_edges, encode_rle, region_kind
+from annotations import (
+    Source, caption_records, checked, listed, only_once, photo, records_of, tables)
+from data import id_of, open_image, read_json
+from labels import decode_rle, encode_edges, encode_rle, usable_rings
 from runtime import InputError
 
 OWN = {"instances": "category_id", "panoptic": "segments_info", "captions": "caption"}
@@ -63,32 +64,51 @@ def polygon_rle(rings: list[list[float]], size: tuple[int, int]) -> dict:
     return encode_rle(mask.reshape(width, height).T)
 
 
-def box_of(annotation: dict, size: tuple[int, int], where: str) -> list[float]:
+def box_of(annotation: dict, size: tuple[int, int], where: str, problems) -> list[float]:
     """COCO's [x, y, width, height] -> [x0, y0, x1, y1]. InputError: no such box in the image."""
     box = annotation.get("bbox")
     numbers = isinstance(box, list) and all(isinstance(n, int | float) for n in box)
     if not numbers or len(box) != 4:
         raise InputError(f"{where}: bbox {box} is not [x, y, width, height]")
     box = [round(n, 2) for n in (box[0], box[1], box[0] + box[2], box[1] + box[3])]
-    return checked({"bbox": box}, size, where)["bbox"]
+    return checked({"bbox": box}, size, where, problems)["bbox"]
 
 
-def shape_of(annotation: dict, size: tuple[int, int], where: str) -> dict:
-    """An annotation's mask as {"rle"}, or where it has none its {"bbox"}. InputError: unusable."""
-    form = annotation.get("segmentation")
-    if isinstance(form, list) and form:
-        region_kind({"polygon": form}, where)
-        if np.abs(np.concatenate(form)).max() > 2 * max(size):      # it is walked point by point
+def shape_of(annotation: dict, size: tuple[int, int], where: str, problems) -> dict:
+    """An annotation's mask as {"rle"}; its {"bbox"} where it has none, or one that cannot be used.
+
+    InputError: neither can be used.
+    """
+    if not annotation.get("segmentation"):
+        return {"bbox": box_of(annotation, size, where, problems)}
+    try:
+        return {"rle": mask_of(annotation["segmentation"], size, where, problems)}
+    except InputError as error:
+        try:
+            box = {"bbox": box_of(annotation, size, where, problems)}
+        except InputError:
+            raise error from None
+        problems.append(f"{error}; its box is used")
+        return box
+
+
+def mask_of(form, size: tuple[int, int], where: str, problems) -> dict:
+    """COCO's segmentation, a polygon or an RLE -> compressed RLE. InputError: unusable."""
+    if isinstance(form, list):
+        region = {"polygon": form}
+        rings = usable_rings(form, where)
+        if len(rings) < len(form):
+            problems.append(f"{where}: {len(form) - len(rings)} rings of fewer than 3 points are"
+                            " left out")
+        if np.abs(np.concatenate(rings)).max() > 2 * max(size):     # it is walked point by point
             raise InputError(f"{where}: reaches far outside of its {size[0]} x {size[1]} image")
-        rle = polygon_rle(form, size)
+        checked(region, size, where, problems)
+        rle = polygon_rle(rings, size)
         if rle == encode_edges([], rle["size"]):
             raise InputError(f"{where}: covers no pixel")
-        return {"rle": rle}
-    if form:
-        checked({"rle": form}, size, where)
-        packed = isinstance(form["counts"], str)
-        return {"rle": form if packed else encode_rle(decode_rle(form, where))}
-    return {"bbox": box_of(annotation, size, where)}
+        return rle
+    checked({"rle": form}, size, where, problems)
+    return form if isinstance(form["counts"], str) else encode_rle(decode_rle(form, where))
 
 
 def panoptic_ids(path: Path, size: tuple[int, int], where: str) -> np.ndarray:
@@ -105,6 +125,7 @@ def category_phrase(name: str) -> str:
 
     The endings say only how classes of stuff were put together.
     """
+    name = name.replace("_", " ")                       # LVIS's "baby_buggy"
     words = [word for word in name.split("-") if word not in ("other", "merged", "stuff")]
     return " ".join(words) or name
 
@@ -112,9 +133,18 @@ def category_phrase(name: str) -> str:
 def phrase_of(annotation: dict, categories: dict[str, list[dict]], where: str) -> str:
     """The name of its category. InputError: it has none."""
     category = annotation.get("category_id")
-    if str(category) not in categories:
+    if id_of(category) not in categories:
         raise InputError(f"{where}: category_id {category} is not among the categories")
-    return category_phrase(categories[str(category)][0]["name"])
+    return category_phrase(categories[id_of(category)][0]["name"])
+
+
+def name_of(image: dict, image_dir: str) -> str | None:
+    """An image's file: its file_name, or as LVIS has it the end of its coco_url."""
+    if image.get("file_name") or not isinstance(image.get("coco_url"), str):
+        return image.get("file_name")
+    parts = image["coco_url"].split("/")
+    split = "/".join(parts[-2:])                        # train2017/000000000009.jpg
+    return split if (Path(image_dir) / split).is_file() else parts[-1]
 
 
 # ---- the files -----------------------------------------------------------------------------------
@@ -139,12 +169,19 @@ def read(args) -> Source:
             raise InputError(f'{path}: its annotations have no "{OWN[name]}"; is this COCO\'s'
                              f" {name} file?")
     images = {}
-    for several in infos.values():
-        for key, own in several.items():
-            images.setdefault(key, own[0])
+    files_of = {}                                       # file: the id of its image
     for name, path in files.items():
-        problems += [f"{path}: image {key} occurs {len(own)} times; the first one counts"
-                     for key, own in infos[name].items() if len(own) > 1]
+        only_once(infos[name], path, "image id")
+        only_once(categories[name], path, "category id")
+        for key, own in infos[name].items():
+            image = name_of(own[0], args.image_dir)
+            if name_of(images.setdefault(key, own[0]), args.image_dir) != image:
+                raise InputError(f"{path}: image id {key} is {image}, but in another file"
+                                 f" {name_of(images[key], args.image_dir)}; they do not belong"
+                                 " together")
+            if image is not None and files_of.setdefault(image, key) != key:
+                raise InputError(f"{path}: {image} has two ids, {files_of[image]} and {key}")
+    for name, path in files.items():
         problems += [f"{path}: {len(own)} annotations of image {key}, which is not among the images"
                      for key, own in annotations[name].items() if key not in images]
     keys = list(images)
@@ -156,7 +193,7 @@ def read(args) -> Source:
         for s in annotation["segments_info"]:
             with listed(problems, f"{args.panoptic}: {where}"):
                 spot = f"{args.panoptic}: segment {s.get('id')} of {where}"
-                category = categories["panoptic"].get(str(s.get("category_id")), [{}])[0]
+                category = categories["panoptic"].get(id_of(s.get("category_id")), [{}])[0]
                 if category.get("isthing") and not things:
                     continue
                 mask = ids == s.get("id")
@@ -169,19 +206,24 @@ def read(args) -> Source:
     def one(number: int, problems: list[str]) -> list[dict]:
         key, regions = keys[number], []
         own = {name: several.get(key, []) for name, several in annotations.items()}
-        name = images[key].get("file_name")
+        name = name_of(images[key], args.image_dir)
         where = f"image {key} ({name})"
-        size = image_size(name, args.image_dir, where, images[key])
+        image = photo(name, args, where, "stored", problems, images[key])
+        size = image.size
         for a in own.get("instances", []):
             spot = f"{args.instances}: annotation {a.get('id')} of {where}"
             with listed(problems, spot):
                 phrase = phrase_of(a, categories["instances"], spot)
-                regions.append({"phrase": phrase, **shape_of(a, size, spot)})
+                regions.append({"phrase": phrase, **shape_of(a, size, spot, problems)})
         things = key not in infos.get("instances", {})
         for a in own.get("panoptic", []):
             with listed(problems, f"{args.panoptic}: {where}"):
                 regions += segments(a, things, size, where, problems)
         captions = [a.get("caption") or "" for a in own.get("captions", [])]
+        if args.to == "caption":
+            return caption_records(key, name, captions)
+        regions = image.regions(regions)
         return records_of(key, name, captions, regions, args.captions_per_image, problems)
 
-    return Source(len(keys), one, problems)
+    inputs = [*files.values(), *([folder] if args.panoptic else [])]
+    return Source(len(keys), one, problems, corners=False, inputs=inputs)

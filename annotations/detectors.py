@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
 
 from data import read_text
-from labels import content_words, encode_rle, transform_image
+from labels import LETTER, STOP_WORDS, content_words, encode_rle, pieces, transform_image
 from runtime import InputError
 
 TEXT_THRESHOLD, NMS = 0.25, 0.7     # least score of a word of a box's phrase; of boxes of one tag,
@@ -28,18 +28,19 @@ NAMES = frozenset(
     " earring".split())
 
 
-def noun_phrases(caption: str) -> list[str]:
+def noun_phrases(caption: str, stop_words=STOP_WORDS) -> list[str]:
     """Candidates for noun phrases of a caption, in lower case, each once.
 
-    Runs of words between stop words, signs and numbers. A word in -ing ends the run and is dropped,
-    unless it is one of NAMES or follows an article. A small rule (ours) without a parser: verbs in
-    other forms stay, as in "a brown dog runs"; a detector finds what there is of them.
+    Runs of words between stop words, signs and numbers, less what is said not to be there. A word
+    in -ing ends the run and is dropped, unless it is one of NAMES or follows an article. A small
+    rule (ours) without a parser: verbs in other forms stay, as in "a brown dog runs"; a detector
+    finds what there is of them.
     """
     phrases, run, previous = [], [], ""
-    text = caption.lower().replace("\u2019", "'")
-    for word in [*re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*|[^\s\w]|\d+", text), "."]:
+    for word, said in [*pieces(caption, stop_words), (".", True)]:
         named = word in NAMES or previous in ("a", "an", "the")
-        if content_words(word) and (named or not PARTICIPLE.fullmatch(word)):
+        content = said and LETTER.search(word) and word.removesuffix("'s") not in stop_words
+        if content and (named or not PARTICIPLE.fullmatch(word)):
             run.append(word)
         elif run:
             phrases.append(" ".join(run))
@@ -265,7 +266,8 @@ class Annotator:
     """tagger, detector, segmenter -> regions. InputError: models that do not fit together."""
 
     def __init__(self, tagger: str, detector: str, segmenter: str, device: torch.device,
-                 dtype: torch.dtype, threshold: float):
+                 dtype: torch.dtype, threshold: float, stop_words: list[str] | None = None):
+        self.stop_words = STOP_WORDS if stop_words is None else frozenset(stop_words)
         self.tags_of = read_tags(Path(tagger)) if Path(tagger).is_file() else None
         self.device, self.dtype = device, dtype
         self.florence = self.detector = self.segmenter = None
@@ -292,7 +294,7 @@ class Annotator:
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             told = self.florence(images) if self.florence else captions
-            tags = [noun_phrases(text) for text in told]
+            tags = [noun_phrases(text, self.stop_words) for text in told]
             if self.tags_of is not None:
                 tags = [self.tags_of.get(name, []) for name in names]
             found = (self.detector or self.segmenter)(images, tags)

@@ -7,7 +7,8 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from annotations import SUFFIXES, Source, checked, image_size, listed, records_of, refer_records
+from annotations import (
+    SUFFIXES, Source, caption_records, checked, listed, photo, records_of, refer_records)
 from data import read_text
 from runtime import InputError
 
@@ -27,7 +28,7 @@ def read_boxes(tree, where: str, size, scale, problems: list[str]) -> dict[str, 
                               for key in ("xmin", "ymin", "xmax", "ymax"))
             corners = max(x0 - 1, 0), max(y0 - 1, 0), x1, y1
             scaled = [round(n * by, 2) for n, by in zip(corners, scale * 2)]
-            box = checked({"bbox": scaled}, size, spot)["bbox"]
+            box = checked({"bbox": scaled}, size, spot, problems)["bbox"]
         for entity in {name.text for name in item.findall("name")}:
             entities.setdefault(entity, []).append(box)
     return entities
@@ -53,7 +54,9 @@ def read(args) -> Source:
         except ET.ParseError as error:
             raise InputError(f"{path}: not valid XML ({error})") from None
         said = {key: int(tree.findtext(f"size/{key}")) for key in ("width", "height")}
-        size = image_size(image, args.image_dir, f"image {image}", None if args.resized else said)
+        seen = photo(image, args, f"image {image}", "stored", problems,
+                     None if args.resized else said)
+        size = seen.size
         scale = (size[0] / said["width"], size[1] / said["height"]) if args.resized else (1, 1)
         entities = read_boxes(tree, str(path), size, scale, problems)
         lines = read_text(sentences / f"{name}.txt").splitlines()
@@ -67,11 +70,14 @@ def read(args) -> Source:
                 found = [box for entity in own for box in entities.get(entity, [None])]
                 if len(found) == 1 and found[0]:
                     regions.append({"phrase": phrase, "bbox": found[0]})
-            return refer_records(name, image, regions, problems)
+            return refer_records(name, image, seen.regions(regions), problems)
+        if args.to == "caption":
+            return caption_records(name, image, [PHRASE.sub(r"\2", line) for line in lines])
         found = dict.fromkeys((phrase, tuple(box)) for phrase, entity in pairs
                               for box in entities.get(entity, []) if box)
-        regions = [{"phrase": phrase, "bbox": list(box)} for phrase, box in found]
+        regions = seen.regions([{"phrase": p, "bbox": list(box)} for p, box in found])
         captions = [PHRASE.sub(r"\2", line) for line in lines]
         return records_of(name, image, captions, regions, args.captions_per_image, problems)
 
-    return Source(len(names), one)
+    inputs = [sentences, boxes, *([args.split] if args.split else [])]
+    return Source(len(names), one, inputs=inputs)

@@ -4,7 +4,7 @@
     {id: {img_file_name, caption, refs: [{sentence, segmentation}]}}   RefCOCOg
     COCO's, a caption in each image, {tokens_positive, sam_mask} in each annotation        Flickr30k
 """
-from annotations import Source, image_size, listed, records_of, tables
+from annotations import Source, listed, photo, records_of, tables
 from annotations.coco import shape_of
 from data import read_json
 from runtime import InputError
@@ -31,7 +31,7 @@ def read(args) -> Source:
             raise InputError(f'{args.data}: entry {key} has no "caption"')
         image = item.get("file_name") or item.get("img_file_name")
         where = f"{args.data}: entry {key} ({image})"
-        size = image_size(image, args.image_dir, where, item if coco else None)
+        seen = photo(image, args, where, "upright", problems, item if coco else None)
         shapes, regions = [], []                    # (phrase, an annotation as COCO's)
         for phrase, grounding in (item.get("groundings") or {}).items():
             with listed(problems, f"{where}: {phrase!r}"):
@@ -41,13 +41,15 @@ def read(args) -> Source:
                 shapes.append((ref["sentence"], ref))
         for a in masks.get(key, []):
             with listed(problems, f"{where}: annotation {a.get('id')}"):
-                first, last = a["tokens_positive"][0]
-                shapes.append((item["caption"][first:last], {"segmentation": a["sam_mask"]}))
+                first, last = a["tokens_positive"][0]       # and there may be more
+                spans = [item["caption"][first:last] for first, last in a["tokens_positive"]]
+                shapes.append((" ".join(spans), {"segmentation": a["sam_mask"]}))
         for phrase, shape in shapes:
             spot = f"{where}: {phrase!r}"
             with listed(problems, spot):
-                regions.append({"phrase": phrase, **shape_of(shape, size, spot)})
+                regions.append({"phrase": phrase, **shape_of(shape, seen.size, spot, problems)})
+        regions = seen.regions(regions)
         name = str(item.get("image_id", item.get("id", name)))
         return records_of(name, image, [item["caption"].strip('"')], regions, 1, problems)
 
-    return Source(len(entries), one, problems)
+    return Source(len(entries), one, problems, inputs=[args.data])

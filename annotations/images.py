@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 import runtime
-from annotations import SUFFIXES, Source, listed, records_of
+from annotations import Problems, Source, image_files, listed, records_of
 from annotations.detectors import Annotator
 from annotations.llava import answer_of, cleaned
 from data import image_path, open_image, read_records
+from labels import read_stop_words
 from runtime import InputError
 
 
@@ -20,18 +21,18 @@ def read(args) -> Source:
     if not args.data and args.tagger == "caption":
         raise InputError("--tagger caption needs --data, records with captions; for a folder of"
                          " images name a Florence-2 or a file of tags")
+    others = []
     if args.data:
         records = read_records(args.data)
     else:
-        folder = Path(args.image_dir)
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
-                       if path.suffix.lower() in SUFFIXES)
+        names, others = image_files(Path(args.image_dir))
         records = [{"image": name} for name in names]
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", runtime.rank() % torch.cuda.device_count())
     dtype = runtime.precision(device, args.dtype)
-    annotator = Annotator(args.tagger, args.detector, args.segmenter, device, dtype, args.threshold)
+    annotator = Annotator(args.tagger, args.detector, args.segmenter, device, dtype, args.threshold,
+                          read_stop_words(args.stop_words))
 
     def annotated(waiting: list[tuple]) -> list[tuple[str, list[dict]] | None]:
         """Of each (image, caption, name, where, problems): its caption and regions.
@@ -53,15 +54,15 @@ def read(args) -> Source:
             problems.append(f"{where}: the models fail on it ({reason})")
             return [None]
 
-    def convert(numbers: range) -> list[tuple[list[dict], list[str]]]:
-        results, waiting, whose = [([], []) for _ in numbers], [], []
+    def convert(numbers: range) -> list[tuple[list[dict], Problems]]:
+        results, waiting, whose = [([], Problems()) for _ in numbers], [], []
         for (own, problems), number in zip(results, numbers):
             record = records[number]
             name = record.get("image")
             where = f"{args.data}: record {number}" if args.data else f"image {name}"
             with listed(problems, where):
                 if name is None or record.get("regions"):
-                    own.append(cleaned(record, args.image_dir, where, problems))
+                    own.append(cleaned(record, args, where, problems))
                     continue
                 caption = answer_of(record, where) if args.data else ""
                 image = open_image(image_path(record, args.image_dir, where), where)
@@ -78,6 +79,7 @@ def read(args) -> Source:
                         name, name, [caption], regions, 1, problems)
         return results
 
-    source = Source(len(records), None, batch=args.batch_size)
+    inputs = [name for name in (args.data, args.tagger) if Path(name).is_file()]
+    source = Source(len(records), None, others, args.batch_size, inputs=inputs or [args.image_dir])
     source.convert = convert                        # the models take a batch at once
     return source

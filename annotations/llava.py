@@ -1,5 +1,5 @@
 """LLaVA records as they are, less what does not fit their images."""
-from annotations import Source, checked, image_size, listed
+from annotations import Source, checked, listed, photo
 from data import check_turns, read_records
 from labels import region_phrase
 from runtime import InputError
@@ -11,7 +11,7 @@ def answer_of(record: dict, where: str) -> str:
     return turns[1][1]
 
 
-def cleaned(record: dict, image_dir: str, where: str, problems: list[str]) -> dict:
+def cleaned(record: dict, args, where: str, problems) -> dict:
     """The record without the regions that do not fit its image.
 
     InputError: its image is broken, or it is no conversation.
@@ -21,13 +21,13 @@ def cleaned(record: dict, image_dir: str, where: str, problems: list[str]) -> di
         if record.get("regions"):
             raise InputError(f'{where}: "image" is missing, which its regions are about')
         return record
-    size, regions = image_size(record["image"], image_dir, where), []
+    seen, regions = photo(record["image"], args, where, "upright", problems), []
     for i, region in enumerate(record.get("regions") or []):
         spot = f"{where}: regions[{i}]"
         with listed(problems, spot):
             region_phrase(region, spot)
-            regions.append(checked(region, size, spot))
-    return record | {"regions": regions} if "regions" in record else record
+            regions.append(checked(region, seen.size, spot, problems))
+    return record | {"regions": seen.regions(regions)} if "regions" in record else record
 
 
 def read(args) -> Source:
@@ -36,6 +36,6 @@ def read(args) -> Source:
 
     def one(number: int, problems: list[str]) -> list[dict]:
         where = f"{args.data}: record {records[number].get('id', number)}"
-        return [cleaned(records[number], args.image_dir, where, problems)]
+        return [cleaned(records[number], args, where, problems)]
 
-    return Source(len(records), one)
+    return Source(len(records), one, inputs=[args.data])

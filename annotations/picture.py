@@ -8,9 +8,11 @@ from transformers import AutoConfig
 
 import backbones.loading as backbone
 import runtime
-from annotations import image_size, listed
-from data import image_path, open_image, read_records
-from labels import content_words, patch_words, region_mask, region_phrase, sides, view_box
+from annotations import listed
+from data import image_header, image_path, open_image, read_records
+from labels import (
+    STOP_WORDS, check_frame, content_words, patch_words, read_stop_words, region_bounds,
+    region_mask, region_phrase, sides, view_box)
 from projector import output_grid
 from runtime import InputError
 
@@ -36,9 +38,18 @@ def grid_of(args) -> tuple[tuple[int, int], float]:
     size, grid = backbone.encoder_input(args.image_size, processor, settings)
     height, width = sides(size)
     try:
-        return output_grid(args.projector, grid, args.pool), width / height
+        grid = output_grid(args.projector, grid, args.pool)
     except ValueError as error:
         raise InputError(f"--{error}") from None
+    if isinstance(grid, int):
+        raise InputError(f"--projector {args.projector}: its outputs have no places in the image")
+    return grid, width / height
+
+
+def stop_words_of(args) -> frozenset[str]:
+    """Those of --stop-words."""
+    own = read_stop_words(args.stop_words)
+    return STOP_WORDS if own is None else frozenset(own)
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -73,8 +84,9 @@ def look(record: dict, image: Image.Image, args, grid: tuple[int, int],
     Beside each is a list. The same words have the same number and colour in both.
     """
     regions, where = record["regions"], f"record {record.get('id')}"
-    named = [tuple(content_words(region["phrase"])) for region in regions]
-    words = patch_words(regions, image.size, args.geometry, grid, args.coverage, where, aspect)
+    stop, view = stop_words_of(args), (args.geometry, grid, args.coverage)
+    named = [tuple(content_words(region["phrase"], stop)) for region in regions]
+    words = patch_words(regions, image.size, *view, where, aspect, stop)
     sets = [own for own, _ in Counter(map(tuple, filter(None, words))).most_common()]
     number = {own: i for i, own in enumerate(dict.fromkeys([*named, *sets]))}
 
@@ -117,21 +129,24 @@ def inspect(args, grid: tuple[int, int], aspect: float) -> bool:
     Regions and words are counted in all records, patches in SAMPLE of them at even steps.
     """
     records, annotated, problems = read_records(args.out), [], []
-    images, frequency = set(), Counter()
+    images, frequency, boxes, stop = set(), Counter(), [], stop_words_of(args)
     for i, record in enumerate(records):
         where = f"{args.out}: record {i}"
         with listed(problems, where):
             images |= {record["image"]} if record.get("image") else set()
             phrases = [region_phrase(r, where) for r in record.get("regions") or []]
-            frequency.update(word for phrase in phrases for word in content_words(phrase))
+            frequency.update(word for phrase in phrases for word in content_words(phrase, stop))
             annotated += [(where, record)] if phrases else []
     sizes = Counter()                               # of patches: how many have so many words
     for where, record in runtime.spread(annotated, SAMPLE):
         with listed(problems, where):
-            size = image_size(record["image"], args.image_dir, where)
+            size, _ = image_header(image_path(record, args.image_dir, where), where)
+            boxes += [(where, region_bounds(r, where), size) for r in record["regions"]]
             words = patch_words(record["regions"], size, args.geometry, grid, args.coverage, where,
-                                aspect)
+                                aspect, stop)
             sizes.update(map(len, words))
+    boxes = [box for box in boxes if box[1] is not None]
+    check_frame(*([box[i] for box in boxes] for i in range(3)))
     if problems:
         print(f"{len(problems)} records cannot be used: " + "; ".join(problems[:3]))
     if not sizes:

@@ -4,9 +4,10 @@ import pickle
 from collections import Counter
 from pathlib import Path
 
-from annotations import Source, image_size, listed, records_of, refer_records, tables
+from annotations import (
+    Source, caption_records, listed, only_once, photo, records_of, refer_records, tables)
 from annotations.coco import box_of, shape_of
-from data import read_json
+from data import id_of, read_json
 from runtime import InputError
 
 
@@ -44,33 +45,40 @@ def read(args) -> Source:
     images, problems, captions = read_refs(args.data, args.split), [], {}
     infos, masks = tables(read_json(args.instances), args.instances, "REFER's instances.json",
                           problems, images="id", annotations="id")
+    only_once(infos, args.instances, "image id")
+    only_once(masks, args.instances, "annotation id")
     if args.captions:
         captions, = tables(read_json(args.captions), args.captions, "COCO's captions file",
                            problems, annotations="image_id")
     keys = list(images)
 
     def one(number: int, problems: list[str]) -> list[dict]:
-        key, regions = str(keys[number]), []
+        key, regions = id_of(keys[number]), []
         if key not in infos:
             raise InputError(f"{args.data}: image {key} is not in {args.instances}")
         name = infos[key][0]["file_name"]
         where = f"image {key} ({name})"
-        size = image_size(name, args.image_dir, where, infos[key][0])
+        seen = photo(name, args, where, "stored", problems, infos[key][0])
+        size = seen.size
         for annotation, sentences in images[keys[number]]:
             spot = f"{args.instances}: annotation {annotation} of {where}"
             with listed(problems, spot):
-                if str(annotation) not in masks:
+                if id_of(annotation) not in masks:
                     raise InputError(f"{spot} is not there")
-                own = masks[str(annotation)][0]
+                own = masks[id_of(annotation)][0]
                 if args.to == "refer":
-                    box = box_of(own, size, spot)
+                    box = box_of(own, size, spot, problems)
                     regions += [{"phrase": text, "bbox": box} for text in sentences]
                 else:
-                    shape = shape_of(own, size, spot)
+                    shape = shape_of(own, size, spot, problems)
                     regions += [{"phrase": text, **shape} for text in dict.fromkeys(sentences)]
+        regions = seen.regions(regions)
         if args.to == "refer":
             return refer_records(key, name, regions, problems)
         told = [a.get("caption") or "" for a in captions.get(key, [])]
+        if args.to == "caption":
+            return caption_records(key, name, told)
         return records_of(key, name, told, regions, args.captions_per_image, problems)
 
-    return Source(len(keys), one, problems)
+    inputs = [args.data, args.instances, *([args.captions] if args.captions else [])]
+    return Source(len(keys), one, problems, corners=False, inputs=inputs)

@@ -351,7 +351,7 @@ class Fake:
 def test_an_image_that_models_fail_on_and_an_answer_that_is_no_text_are_listed(photos, monkeypatch):
     monkeypatch.setattr(images, "Annotator", Fake)
     records = json.loads((photos / "in.json").read_text())
-    regions = [{"phrase": "", "bbox": [0, 0, 5, 5]}, {"phrase": "x", "bbox": [0, 0, 500, 5]},
+    regions = [{"phrase": "", "bbox": [0, 0, 5, 5]}, {"phrase": "x", "bbox": [64, 0, 500, 5]},
                {"phrase": "x", "bbox": [0, 0, 5, 5]}]
     records += [records[0] | {"id": 7, "image": "6.png", "regions": regions},
                 records[0] | {"id": 8, "image": "none.png", "regions": regions[2:]}]
