@@ -493,7 +493,7 @@ def patch_words(regions, image_size, geometry, grid, threshold=0.25, where="regi
     region without a phrase.
     """
     coverage = region_coverage(regions, image_size, geometry, grid, where, aspect)
-    stop_words = STOP_WORDS if stop_words is None else stop_words
+    stop_words = STOP_WORDS if stop_words in (None, "") else frozenset(stop_words)
     phrases = [content_words(region_phrase(region, f"{where}: regions[{i}]"), stop_words)
                for i, region in enumerate(regions)]
 

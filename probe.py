@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
+import regex
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch.nn import functional as F
@@ -43,8 +44,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import runtime
-from data import image_path, open_image, read_records
-from labels import patch_words, transform_image, word_ids
+from data import image_header, image_path, open_image, read_records
+from labels import check_frame, patch_words, transform_image, word_ids
 from model import load_checkpoint
 
 
@@ -246,7 +247,8 @@ def word_rows(tokenizer, w):
     ids = [i for i in known if usable[i] and i not in special]
     tokens = dict(zip(ids, map(str, tokenizer.convert_ids_to_tokens(ids))))
     texts = {i: tokenizer.decode([i]).strip() for i in ids}                     # "" for a bare "Ġ"
-    whole = [i for i in ids if tokens[i][:1] in ("Ġ", "▁") and texts[i].isalpha()]
+    letters = regex.compile(r"[\p{L}\p{M}]+")
+    whole = [i for i in ids if tokens[i][:1] in ("Ġ", "▁") and letters.fullmatch(texts[i])]
     chosen = whole if len(whole) >= 50 else ids
     return torch.tensor(chosen), [texts[i] or tokens[i] for i in chosen], len(whole) >= 50
 
@@ -258,8 +260,10 @@ def model_input(record, model, image_dir):
     """A record's image as the encoder's input (3, height, width), and the words of each patch."""
     where, c = f"record {record.get('id')}", model.config
     image = open_image(image_path(record, image_dir, where), where)
-    words = patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid,
-                        c["coverage"], where, model.aspect)
+    words = [[]] * model.patches                        # where outputs have no places, none
+    if model.grid:
+        words = patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid,
+                            c["coverage"], where, model.aspect, c.get("stop_words"))
     return transform_image(image, *model.image_form), words
 
 
@@ -448,10 +452,25 @@ def probe(path, file, records, shown, image_dir, palette, args, device):
     model.config["coverage"] = args.coverage or model.config["coverage"]
     model.eval()
     z, h, words = collect(model, records, image_dir)
+    if shown and model.grid is None:
+        raise runtime.InputError(f"{path}: its projector's outputs have no places in the image;"
+                                 " use --show 0")
     result = {"checkpoint": str(path)} | analyse(model, z, h, words, args)
     with runtime.atomic(file) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result, panels(model, records, shown, h, words, image_dir, palette)
+
+
+def check_units(records, source, image_dir):
+    """InputError: boxes that, all together, look like another unit than pixels."""
+    from extras.check import given_boxes
+
+    boxes = []
+    for record in (record for record in records if record.get("regions")):
+        where = f"{source}: record {record.get('id')}"
+        size, _ = image_header(image_path(record, image_dir, where), where)
+        boxes += given_boxes(record["regions"], where, size)
+    check_frame(*([box[i] for box in boxes] for i in range(3)))
 
 
 def main(args):
@@ -471,6 +490,7 @@ def main(args):
     if not records:
         raise runtime.InputError(f"{source}: no record has an image: nothing to analyse")
     records = runtime.spread(records, args.images)
+    check_units(records, source, image_dir)
     with_regions = [i for i, r in enumerate(records) if r.get("regions")]
     shown = runtime.spread(with_regions or range(len(records)), args.show) if args.show else []
     names, files = runtime.outputs(args.checkpoints, args.out, "probe.json")

@@ -53,18 +53,17 @@ def examine(dataset: data.Records, index: int, closely: bool) -> dict:
         found["problem"] = str(error)
     if closely:
         with contextlib.suppress(InputError):
-            found["boxes"] = given_boxes(dataset, index)
+            record = dataset.records[index]
+            if isinstance(record, dict) and record.get("image") and record.get("regions"):
+                size, _ = dataset.header(index)
+                found["boxes"] = given_boxes(record["regions"], dataset.where(index), size)
     return found
 
 
-def given_boxes(dataset: data.Records, index: int) -> list[tuple]:
-    """(name, box, image size) of a record's regions, right or wrong, where there are numbers."""
-    record, where, boxes = dataset.records[index], dataset.where(index), []
-    regions = record.get("regions") if isinstance(record, dict) else None
-    if not regions or not isinstance(regions, list) or record.get("image") is None:
-        return []
-    size, _ = dataset.header(index)
-    for i, region in enumerate(regions):
+def given_boxes(regions: list, where: str, size: tuple[int, int]) -> list[tuple]:
+    """(name, box, image size) of regions, right or wrong, where there are numbers."""
+    boxes = []
+    for i, region in enumerate(regions if isinstance(regions, list) else []):
         box = region.get("bbox") if isinstance(region, dict) else None
         if isinstance(region, dict) and "polygon" in region:
             try:

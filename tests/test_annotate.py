@@ -433,7 +433,7 @@ def test_bad_input_is_counted_and_listed_and_costs_nothing_else(tmp_path):
         "category_id 99 is not among", "not a list of finite numbers", "cannot read the image",
         "is 41 x 53 pixels, but its annotation says 53 x 41", "No such file", "1000.png",
         "image 1000: has no caption and no region"]
-    assert sum(own.endswith("; its box is used") for own in problems) == 5
+    assert sum(own.endswith("; its box is used") for own in problems) == 6
     assert len(problems) == len(expected)
     for own, words in zip(problems, expected):
         assert words in own, (words, own)
