@@ -260,10 +260,10 @@ def model_input(record, model, image_dir):
     """A record's image as the encoder's input (3, height, width), and the words of each patch."""
     where, c = f"record {record.get('id')}", model.config
     image = open_image(image_path(record, image_dir, where), where)
-    words = [[]] * model.patches                        # where outputs have no places, none
-    if model.grid:
-        words = patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid,
-                            c["coverage"], where, model.aspect, c.get("stop_words"))
+    if model.grid is None:                              # outputs that have no places in the image
+        return transform_image(image, *model.image_form), [[]] * model.patches
+    words = patch_words(record.get("regions") or [], image.size, c["geometry"], model.grid,
+                        c["coverage"], where, model.aspect, c.get("stop_words"))
     return transform_image(image, *model.image_form), words
 
 

@@ -437,7 +437,7 @@ def test_bad_input_is_counted_and_listed_and_costs_nothing_else(tmp_path):
     assert len(problems) == len(expected)
     for own, words in zip(problems, expected):
         assert words in own, (words, own)
-    assert problems[8].endswith("covers no pixel")
+    assert "covers no pixel" in problems[8]
 
 
 @pytest.mark.parametrize("form", [
