@@ -296,8 +296,9 @@ def atomic(path):
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        torch_failed = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
-        if torch_failed or (isinstance(error, OSError) and error.errno in FULL):
+        by_torch = isinstance(error, RuntimeError) and any(     # its writer has no errno
+            part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
+        if by_torch or (isinstance(error, OSError) and error.errno in FULL):
             reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
             raise InputError(f"{path}: cannot be written ({reason}); what was there is as it was"
                              ) from None
