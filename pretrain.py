@@ -231,7 +231,8 @@ def main(args: Args) -> None:
     runtime.log(
         f"{len(dataset)} records, {annotated} with regions; {steps - first} steps of"
         f" {args.batch_size} = {world} processes x {-(-share // micro)} x {micro};"
-        f" {' x '.join(map(str, model.grid or [model.patches]))} patches; vocabulary {len(model.word_embeddings)};"
+        f" {' x '.join(map(str, model.grid or [model.patches]))} patches;"
+        f" vocabulary {len(model.word_embeddings)};"
         f" {sum(p.numel() for p in parameters):,} trained parameters; {device.type},"
         f" {str(dtype).removeprefix('torch.')}; patch loss {args.patch_loss} ({impl}), weight"
         f" {args.patch_weight:g}, tau {args.tau:g}")

@@ -23,7 +23,7 @@ import eval as scorer
 import labels
 import pretrain
 import runtime
-from annotations import Source, coco, picture
+from annotations import Source, coco, image_files, picture
 from model import PatchAlignedModel
 from runtime import InputError
 
@@ -392,6 +392,165 @@ def test_llava_records_stay_as_they_are(tmp_path):
                 "record 5: the last turn is the human's", 'record 6: "image" is missing')):
             assert words in own, own
         assert len(problems) == 5
+
+
+# ---- what a run joins, and what it mends ---------------------------------------------------------
+
+
+def small_coco(folder, images, annotations, categories=None):
+    """An instances file -> the flags. images: {id: (file name, size said or None)}."""
+    infos = []
+    for key, (name, size) in images.items():
+        known = {} if size is None else dict(zip(("width", "height"), size))
+        infos.append({"id": key, "file_name": name, **known})
+    categories = categories or [{"id": 1, "name": "dog"}, {"id": 2, "name": "without_mask"}]
+    content = {"images": infos, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return coco_flags(folder, "instances")
+
+
+def box_on(image, box, **more):
+    return {"id": 1, "image_id": image, "category_id": 1, "bbox": box, **more}
+
+
+@pytest.mark.parametrize("looks, change", [
+    ("divided by the image size", lambda x, y, w, h: [x / 60, y / 40, w / 60, h / 40]),
+    ("0 .. 1000", lambda x, y, w, h: [x / 0.06, y / 0.04, w / 0.06, h / 0.04]),
+    ("like corners", lambda x, y, w, h: [x, y, x + w, y + h])])
+def test_files_in_another_unit_are_refused(tmp_path, looks, change):
+    photo(tmp_path / "images" / "a.png", (60, 40))
+    boxes = [(12 + i, 8 + i, 30, 20) for i in range(8)]
+    flags = small_coco(tmp_path, {1: ("a.png", (60, 40))}, [box_on(1, b) for b in boxes])
+    assert len(convert(tmp_path / "good.jsonl", *flags)[0][0]["regions"]) == 8
+    flags = small_coco(
+        tmp_path, {1: ("a.png", (60, 40))}, [box_on(1, change(*b)) for b in boxes])
+    with pytest.raises(InputError, match=f"annotation 1 of image 1 .*{looks}"):
+        convert(tmp_path / "bad.jsonl", *flags)
+    assert not list(tmp_path.glob("bad.*"))
+
+
+def test_ids_are_joined_by_what_they_mean_and_once(tmp_path):
+    for name in "ab":
+        photo(tmp_path / "images" / f"{name}.png", (60, 40))
+    said = {5: ("a.png", None), "6": ("b.png", None)}
+    good = [box_on("5", [1, 2, 30, 20]), box_on(5.0, [1, 2, 30, 20], category_id="1"),
+            box_on(6, [1, 2, 30, 20], category_id=2.0)]
+    records, problems = convert(tmp_path / "out.jsonl", *small_coco(tmp_path, said, good))
+    assert [len(r["regions"]) for r in records] == [2, 1] and not problems
+    for images, categories, message in (
+            ({5: ("a.png", None), "5": ("b.png", None)}, None, "image id 5 occurs 2 times"),
+            ({5: ("a.png", None), 6: ("a.png", None)}, None, "a.png has two ids, 5 and 6"),
+            (said, [{"id": i, "name": "dog"} for i in (1, 1.0)], "category id 1 occurs 2 times")):
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / "no.jsonl", *small_coco(tmp_path, images, good, categories))
+    records = [{"id": i, "image": image, "conversations": turns("?", "x")}
+               for i, image in (("5", "a.png"), (5, "a.png"), (6.0, "b.png"))]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    regions = [{"id": i, "regions": [{"phrase": "x", "bbox": [0, 0, 9, 9]}]} for i in (5.0, "6")]
+    (tmp_path / "more.json").write_text(json.dumps(regions))
+    joined = data.read_records(tmp_path / "r.json", tmp_path / "more.json")
+    assert all(r["regions"] for r in joined)
+    (tmp_path / "r.json").write_text(json.dumps([records[0], records[1] | {"image": "b.png"}]))
+    with pytest.raises(InputError, match="record 5 is of two images, a.png and b.png"):
+        data.read_records(tmp_path / "r.json", tmp_path / "more.json")
+
+
+def test_an_interrupted_run_starts_anew_where_its_annotations_changed(tmp_path, capsys):
+    photo(tmp_path / "images" / "a.png", (60, 40))
+    images = {1: ("a.png", None)}
+    flags = small_coco(tmp_path, images, [box_on(1, [1, 2, 30, 20])])
+    out = tmp_path / "out.jsonl"
+    assert forked(out, flags, dying=(os, "replace", 0)) == [-9]         # the part is complete
+    small_coco(tmp_path, images, [box_on(1, [1, 2, 10, 10])])
+    (record,), _ = convert(out, *flags)
+    assert record["regions"][0]["bbox"] == [1, 2, 11, 12]
+    assert "have changed since the run that was interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_boxes_on_stored_pixels_follow_the_image_upright(tmp_path, capsys, turn):
+    """A red block, and the box, polygon and mask round it on the pixels as they are stored."""
+    pixels = np.full((40, 60, 3), 255, np.uint8)
+    pixels[5:15, 8:28] = 255, 0, 0
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png", exif=exif)
+    mask = (pixels[..., 1] == 0)
+    ring = [8, 5, 28, 5, 28, 15, 8, 15]
+    annotations = [box_on(1, [8, 5, 20, 10]), box_on(1, [8, 5, 20, 10], segmentation=[ring]),
+                   box_on(1, [8, 5, 20, 10], segmentation=labels.encode_rle(mask, False))]
+    flags = small_coco(tmp_path, {1: ("a.png", (60, 40))}, annotations)
+    (record,), problems = convert(tmp_path / "out.jsonl", *flags)       # COCO's: stored
+    image = data.open_image(tmp_path / "images" / "a.png", "x")
+    red = np.asarray(image)[..., 1] == 0
+    for region in record["regions"]:
+        found = labels.region_mask(region, image.size, "x") > 0.5
+        assert (found == red).all() and not problems
+    told = "1 images are turned by EXIF; boxes are taken on their stored pixels"
+    assert (told in capsys.readouterr().out) == (turn > 1)
+    if turn > 4:
+        with pytest.raises(InputError, match="use --boxes-on stored"):
+            convert(tmp_path / "no.jsonl", *flags, "--boxes-on", "upright")
+        flags = small_coco(tmp_path, {1: ("a.png", (40, 60))}, [box_on(1, [5, 8, 10, 20])])
+        with pytest.raises(InputError, match="use --boxes-on upright"):
+            convert(tmp_path / "no.jsonl", *flags)
+        (record,), _ = convert(tmp_path / "up.jsonl", *flags, "--boxes-on", "upright")
+        assert record["regions"][0]["bbox"] == [5, 8, 15, 28]
+
+
+def test_what_the_field_takes_is_taken_and_counted(tmp_path, capsys):
+    """A box over the edge, one empty ring of three, a mask of another size beside a box, width
+    null, LVIS's coco_url."""
+    photo(tmp_path / "images" / "train2017" / "a.png", (60, 40))
+    rings = [[1, 1, 9, 1, 9, 9], [], [20, 20, 30, 20, 30, 30]]
+    annotations = [box_on(1, [40, 10, 25, 20]), box_on(1, [1, 1, 30, 30], segmentation=rings),
+                   box_on(1, [5, 5, 9, 9], segmentation={"size": [9, 9], "counts": [81]}),
+                   box_on(1, [60, 5, 9, 9])]
+    flags = small_coco(tmp_path, {1: ("", (None, None))}, annotations,
+                       [{"id": 1, "name": "baby_buggy"}])
+    file = tmp_path / "instances.json"
+    content = json.loads(file.read_text())
+    del content["images"][0]["file_name"]
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/train2017/a.png"
+    file.write_text(json.dumps(content))
+    (record,), problems = convert(tmp_path / "out.jsonl", *flags)
+    assert record["image"] == "train2017/a.png"
+    edge, ringed, boxed = record["regions"]
+    assert edge == {"phrase": "baby buggy", "bbox": [40, 10, 60, 30]}
+    assert (labels.decode_rle(ringed["rle"]) == coco_polygon([rings[0], rings[2]], (60, 40))).all()
+    assert boxed["bbox"] == [5, 5, 14, 14]
+    for own, words in zip(problems, ("1 rings of fewer", "its box is used", "lies outside")):
+        assert words in own
+    assert len(problems) == 3
+    assert "1 regions stick out of their image and are cut" in capsys.readouterr().out
+
+
+def test_every_image_of_a_folder_is_read_or_listed(tmp_path):
+    names = ["a.jpg", "b.jfif", "c.gif", "d.tif", "e.bmp", "f.webp", "g.heic", "h.txt"]
+    for name in names[:6]:
+        form = {".jfif": "JPEG"}.get(Path(name).suffix)
+        Image.new("RGB", (9, 7), "red").save(tmp_path / name, form)
+    for name in names[6:]:
+        (tmp_path / name).write_bytes(b"no image")
+    found, others = image_files(tmp_path)
+    assert found == names[:7] and others == [
+        f"{tmp_path}: 1 files are no images by their names: .txt (1)"]
+    for name in names[:6]:
+        assert data.open_image(tmp_path / name, "x").size == (9, 7)
+    with pytest.raises(InputError, match="g.heic"):
+        data.open_image(tmp_path / "g.heic", "x")
+
+
+def test_all_captions_of_an_image_are_references(tmp_path):
+    flags = coco_files(tmp_path, count=2)
+    records, _ = convert(tmp_path / "out.jsonl", *flags, "--to", "caption")
+    assert records[0]["task"] == "caption" and len(records[0]["answer"]) > 1
+    items = scorer.read_items([tmp_path / "out.jsonl"], tmp_path / "images", 0)
+    assert [item["answer"] for item in items] == [r["answer"] for r in records]
+    with pytest.raises(InputError, match="--to is not read by --from llava"):
+        convert(tmp_path / "no.jsonl", "--from", "llava", "--data", tmp_path / "out.jsonl",
+                "--image-dir", tmp_path / "images", "--to", "caption")
 
 
 # ---- bad input -----------------------------------------------------------------------------------
