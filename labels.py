@@ -235,6 +235,7 @@ def region_coverage(regions, image_size, geometry, grid, where="regions", aspect
     edges_y, edges_x = np.linspace(y0, y1, rows + 1), np.linspace(x0, x1, columns + 1)
     A_y = _overlap(edges_y, np.arange(height + 1.0)) * (rows / (y1 - y0))       # (rows, height)
     A_x = _overlap(edges_x, np.arange(width + 1.0)) * (columns / (x1 - x0))     # (columns, width)
+    A_y, A_x = torch.from_numpy(A_y), torch.from_numpy(A_x)     # torch has one thread in a loader
     per_cell = rows / (y1 - y0) * columns / (x1 - x0)                           # 1 / area of a cell
     coverage = np.empty((len(regions), rows, columns), np.float32)
     for i, region in enumerate(regions):
@@ -244,7 +245,8 @@ def region_coverage(regions, image_size, geometry, grid, where="regions", aspect
             areas = _box_areas(region["bbox"], image_size, edges_y, edges_x)
             coverage[i] = areas * per_cell
         else:
-            coverage[i] = A_y @ region_mask(region, image_size, name) @ A_x.T
+            mask = torch.from_numpy(region_mask(region, image_size, name))
+            coverage[i] = (A_y @ mask @ A_x.T).numpy()
     return coverage
 
 

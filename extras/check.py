@@ -21,7 +21,7 @@ from labels import check_frame, region_bounds
 from runtime import InputError
 
 SAMPLE, LISTED = 1000, 20       # records whose patches and units are looked at; problems told
-CHUNK, ALONE = 256, 4000        # records at a time; as many or fewer need no other processes
+CHUNK, ALONE = 64, 500          # records at a time; as many or fewer need no other processes
 
 
 class Examined(torch.utils.data.Dataset):
