@@ -12,6 +12,7 @@ line that names the file and the record.
 import contextlib
 import functools
 import json
+import os
 import re
 import warnings
 from pathlib import Path, PurePath
@@ -48,13 +49,13 @@ def read_records(path, regions=None):
         return records
     found, images = {}, {}
     for i, entry in enumerate(_read_objects(regions)):
-        if "id" not in entry or not isinstance(entry.get("regions"), list):
+        if entry.get("id") is None or not isinstance(entry.get("regions"), list):
             raise InputError(f'{regions}: entry {i} needs "id" and a list "regions"')
         if id_of(entry["id"]) in found:
             raise InputError(f'{regions}: id {entry["id"]} occurs twice; put all its regions into'
                              " one entry")
         found[id_of(entry["id"])] = entry["regions"]
-    matched = [record for record in records if "id" in record and id_of(record["id"]) in found]
+    matched = [r for r in records if r.get("id") is not None and id_of(r["id"]) in found]
     if not matched:
         raise InputError(f"{regions}: none of its ids occurs in {path}; were the two files made for"
                          " each other?")
@@ -93,16 +94,19 @@ def _parse_json(text, path, first_line):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(f"{path}: line {line}: not valid JSON ({error.msg})") from None
-    except RecursionError:
-        raise InputError(f"{path}: line {first_line}: nested too deep") from None
+    except (RecursionError, ValueError) as error:
+        deep = isinstance(error, RecursionError)
+        reason = "nested too deep" if deep else "a number of thousands of digits"
+        raise InputError(f"{path}: line {first_line}: {reason}") from None
 
 
 def _read_objects(path):
     """The objects of a .json or .jsonl file."""
-    if Path(path).suffix not in (".json", ".jsonl"):
+    ending = Path(path).suffix.lower()
+    if ending not in (".json", ".jsonl"):
         raise InputError(f"{path}: expected a file named .json (one list) or .jsonl (one object per"
                          " line)")
-    if Path(path).suffix == ".json":
+    if ending == ".json":
         objects = read_json(path)
         if not isinstance(objects, list):
             raise InputError(f"{path}: expected a list of records; for one object per line name the"
@@ -460,7 +464,7 @@ class Records(torch.utils.data.Dataset):
     def name(self, index):
         """What messages call a record: its id, or else its number in the file."""
         record = self.records[index]
-        known = isinstance(record, dict) and "id" in record
+        known = isinstance(record, dict) and record.get("id") is not None
         return id_of(record["id"]) if known else str(self.numbers[index])
 
     def where(self, index):
@@ -481,7 +485,7 @@ class Records(torch.utils.data.Dataset):
             if self.image_dir is None or not self.image_dir.is_dir():
                 raise InputError(f"{where}: --image-dir {self.image_dir} is not a folder, but the"
                                  " record has an image")
-            if not path.is_file():
+            if not os.path.isfile(path):            # False too of a name that no disk can have
                 raise InputError(f"{where}: no image {path}")
         if not isinstance(regions or [], list):
             raise InputError(f'{where}: "regions" is not a list')

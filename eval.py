@@ -20,6 +20,7 @@ writes: eval.json, predictions.jsonl beside each ckpt.pt (eval-NAME.json beside 
 """
 import json
 import math
+import os
 import re
 import shlex
 import unicodedata
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from labels import SPACELESS, check_frame, check_region, lowered, transform_image, view_box
+from labels import ALIKE, SPACELESS, check_frame, check_region, lowered, transform_image, view_box
 from model import load_checkpoint, read_checkpoint
 from runtime import InputError
 
@@ -78,7 +79,7 @@ TOY = ("test", "test_vqa", "test_refer", "test_instruct", "hard_vqa", "hard_refe
 
 ORDERS = (1, 2, 3, 4)                               # of n-grams
 SIGMA, BETA = 6.0, 1.2          # CIDEr-D's length penalty, in words; ROUGE-L's weight of recall
-CHARACTER = r"[\p{L}\p{N}][\p{M}\u200c\u200d]*"         # with its marks
+CHARACTER = rf"(?!{SPACELESS.pattern})[\p{{L}}\p{{N}}][\p{{M}}\u200c\u200d]*"     # and its marks
 TOKEN = regex.compile(
     SPACELESS.pattern + r"\p{M}*|\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\p{N}+(?:[.,:]\p{N}+)+"
     rf"|(?:{CHARACTER}|_)+(?:-(?:{CHARACTER}|_)+)*")
@@ -221,9 +222,9 @@ def normalised(text):
 
     Signs become blanks, or nothing where one stands beside a blank (and all of them in a text with
     a comma between digits). Periods go, except before a digit. Lower case, number words as digits,
-    no articles, missing apostrophes restored. Ours: NFC first.
+    no articles, missing apostrophes restored. Ours: NFC and straight apostrophes first.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text).replace("\u2019", "'")
     joined, clean = re.search(r"\d,\d", text), text
     for sign in SIGNS:
         nothing = joined or sign + " " in text or " " + sign in text
@@ -263,23 +264,33 @@ def asks_yes_or_no(answers):
 
 
 def yes_or_no(text):
-    """The first word of an answer, if it is yes or no, else None: "Yes, there is a dog." -> yes."""
-    first = words(text)[:1]
-    return first[0] if first and first[0] in ("yes", "no") else None
+    """The first word of an answer, if it is yes or no, else None: "Yes, there is a dog." -> yes.
+
+    "Yes or no" is neither.
+    """
+    first, *more = [*words(text)[:3], ""]
+    other = {"yes": "no", "no": "yes"}.get(first)
+    return first if other and other not in more else None
 
 
 # ---- boxes and letters ---------------------------------------------------------------------------
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 FOUR = r"\s*[\s,;]\s*".join([f"({NUMBER})"] * 4)
-POINT = rf"[\[(]\s*({NUMBER})\s*[\s,;]\s*({NUMBER})\s*[\])]"
-IN_BRACKETS = [re.compile(rf"[\[({{]\s*{FOUR}\s*[\])}}]"),          # [a, b, c, d]
-               re.compile(POINT + r"[^\d()\[\]]{0,40}" + POINT)]   # (a, b), (c, d)
+POINT = rf"[\[(<]\s*({NUMBER})\s*[\s,;]\s*({NUMBER})\s*[\])>]"
+NOT_CORNERS = r"size|width|height|extent|radius|\b[wh]\b"
+IN_BRACKETS = [re.compile(rf"[\[({{<]\s*{FOUR}\s*[\])}}>]"),        # [a, b, c, d] or (a, b), (c, d)
+               re.compile(POINT + rf"(?:(?!{NOT_CORNERS})[^\d()\[\]]){{0,40}}" + POINT)]
 ALONE = re.compile(rf"(?<![\w.]){FOUR}(?![\w%]|\.\d)")             # a, b, c, d
-NAMED = re.compile(rf"""(?<![a-z0-9])([xy](?:[0-2]|min|max)|left|top|right|bottom)["']?\s*[=:]?\s*
-                        ({NUMBER})(?![\w%])""", re.VERBOSE)          # x1=a, y1=b, x2=c, y2=d
+NAME = r"(?<![a-z0-9])(?:[xy](?:[0-2]|min|max)|left|top|right|bottom)"
+NAMED = re.compile(rf"({NAME})\s*(?:[=:]|is)?\s*({NUMBER})(?![\w%]|[.,]\d)")     # x1=a, y1=b, ...
 CORNERS = [names.split() for names in (
     "x1 y1 x2 y2", "x0 y0 x1 y1", "xmin ymin xmax ymax", "left top right bottom")]
+# An order that an answer states and that is another: (x, y, w, h), [ymin, xmin, ymax, xmax].
+OTHER_ORDER = re.compile(r"\bc?x\w*\W+c?y\w*\W+w\w*\W+h|\by\w*\W+x\w*\W+y\w*\W+x")
+# Another spelling of the same: "0.1" -> 0.1, x_min -> xmin, <a><b> -> a, b
+SPELLED = [(r"[\"'`]", ""), ("\u3001", ","), (r"\b([xy])[-_ ](?=min|max)", r"\1"),
+           (r"(?<=\d)\s*>\s*<\s*(?=[\d.])", ", ")]
 
 
 def parse_box(text):
@@ -288,11 +299,17 @@ def parse_box(text):
     They belong together: in one bracket, as two points, behind the corners' names, or as the only
     numbers there are. Of several boxes the first. None: unread, or not all in [0, 1].
     """
-    found = min(filter(None, (form.search(text) for form in IN_BRACKETS)), default=None,
-                key=lambda match: match.start())
-    named = dict(reversed(NAMED.findall(text.lower().replace("_", ""))))
+    text = unicodedata.normalize("NFKC", text).lower()
+    for form, plain in SPELLED:
+        text = re.sub(form, plain, text)
+    if OTHER_ORDER.search(text):
+        return None
+    named = dict(reversed(NAMED.findall(text)))
     numbers = next(([named[name] for name in names] for names in CORNERS
                     if named.keys() >= set(names)), None)
+    text = re.sub(r"[\[(]\W*[\])]", "", re.sub(NAME, "", text))     # (x1, y1) = (0.1, 0.2)
+    found = min(filter(None, (form.search(text) for form in IN_BRACKETS)), default=None,
+                key=lambda match: match.start())
     if found:
         numbers = found.groups()
     elif not numbers and (found := ALONE.search(text)):
@@ -305,39 +322,53 @@ def parse_box(text):
     return box if all(0 <= n <= 1 for n in box) else None
 
 
-# How an answer declares a letter, the strongest forms first. A capital A before a word is the
-# article ("A dog"), unless the word says otherwise ("A because").
+# How an answer declares a letter, the strongest forms first. A letter stands alone: not in T-shirt,
+# U.S., M&M, Mr. T. A capital A or I before a word is a word ("A dog"), unless that word says
+# otherwise ("A because").
 GOES_ON = r"\s+(?:because|since|as|is|for|or|and)\b"
-CAPITAL = rf"(?<![A-Za-z0-9'])([B-Z]|A(?!\s+[a-z])|A(?={GOES_ON}))(?![A-Za-z0-9'])"
-LETTER = r"(?<![A-Za-z0-9'])([A-Za-z])(?![A-Za-z0-9'])"
+BEFORE = (r"(?<![A-Za-z0-9])(?<![A-Za-z0-9][-'&])(?<!\b[A-Za-z]\.)"
+          r"(?<!\bMr\.\s)(?<!\bDr\.\s)(?<!\bSt\.\s)(?<!\bMs\.\s)")
+AFTER = r"(?![A-Za-z0-9]|[-'&][A-Za-z0-9]|\.[A-Za-z]\b)"
+CAPITAL = rf"{BEFORE}([B-HJ-Z]|[AI](?!\s+[a-z])|A(?={GOES_ON})){AFTER}"
+LETTER = rf"{BEFORE}([A-Za-z]){AFTER}"
 LAST = LETTER + r"(?=\W*$|[).:\]])"
 ENDS = rf"(?=\W*$|\s*[).:,;!]|{GOES_ON})"
 IS = (r"(?:\W|\b(?:is|are|was|be|would|must|should|option|choice|letter|either|both|clearly|likely|"
       r"therefore|thus)\b)*")
+RIGHT = (r"\W+(?:is|was|seems|looks|would be|must be)\W+(?:the\W+|most\W+|likely\W+|clearly\W+)*"
+         r"(?:correct|right|true|best|answer|accurate|appropriate)\b")
+SO = (r"it's|it is|that's|that is|must be|should be|has to be|would be|so|therefore|hence|thus|"
+      r"I would say|I'd say|I think|I believe|my guess|definitely|probably|certainly|obviously|but")
 DECLARED = [[re.compile(form) for form in forms] for forms in (
     [rf"^\W*{LETTER}\W*$"],                                    # B   (b)   B.
     [rf"(?i:\banswers?{IS}){CAPITAL}", rf"(?i:\banswers?{IS}){LAST}",          # The answer is B
-     rf"(?i:\b(?:choose|pick|select|go with|going with){IS}){CAPITAL}"],
+     rf"(?i:\banswers? (?:to|for|of)\b[^.\n]*?\b(?:is|be)\b{IS}){CAPITAL}",
+     rf"(?i:\b(?:choose|pick|select|go with|going with){IS}){CAPITAL}",
+     rf"(?:答案|正解|选|選)[^A-Za-z0-9]{{0,8}}{LETTER}",
+     rf"(?:(?:^|[.,;\n])\W*|\b(?i:and|but|so|option|choice|that)\s+){CAPITAL}(?i:{RIGHT})"],
     [rf"(?:^|\n)\W*{LETTER}[).:\]]", rf"^\W*{CAPITAL}{ENDS}",  # B) red   B because it is red
-     r"^\W*([B-HJ-Zb-hj-z])(?![A-Za-z0-9'])",
+     rf"^\W*{BEFORE}([B-HJ-Zb-hj-z]){AFTER}", rf"^\W*{LETTER}(?:\s*\n|\s+[-\u2013\u2014]\s)",
      rf"[(\[{{]{LETTER}[)\]}}]",                               # it must be (B)
-     rf"(?:^|[.!?:\n])\s*{CAPITAL}\W*(?=$|\n)",               # A dog is here. B
-     rf"(?i:\b(?:it's|it is|must be|has to be|so){IS}){CAPITAL}{ENDS}"],        # It's B!
+     rf"(?:^|[.,;!?:\n])\s*{CAPITAL}\W*(?=$|\n)",             # A dog is here. B
+     rf"(?:\b(?i:{SO})\b)(?i:{IS}){CAPITAL}{ENDS}"],           # It's B!
     [rf"(?i:\b(?:option|choice|letter)){IS}{CAPITAL}",         # option B
      rf"(?i:\b(?:option|choice|letter)){IS}{LAST}"])]
-ALSO = re.compile(rf"\W*(?:or|and|/|,|&)\W*{CAPITAL}{ENDS}")   # A or B
+ALSO = re.compile(                                             # A or B
+    rf"\W*(?:or|and|/|,|&)\W*(?:(?:possibly|maybe|perhaps|also|even)\W+)?{CAPITAL}{ENDS}")
 REJECTED = re.compile(                                         # not B; B is wrong
     rf"(?i:\bnot|n't|neither|nor|rather than|instead of)\b{IS}{CAPITAL}"
-    rf"|{CAPITAL}\W*(?i:is|was|seems|can|could|would)\W*(?i:definitely|clearly|also)?\W*"
-    r"(?i:wrong|incorrect|false|not|n't|ruled out|impossible)")
+    rf"|(?:{CAPITAL}\W*(?:and|or|,)\W*)?{CAPITAL}\W*(?i:is|are|was|seems|can|could|would)\W*"
+    r"(?i:definitely|clearly|also|both)?\W*(?i:wrong|incorrect|false|not|n't|ruled out|impossible)")
 
 
 def parse_choice(text):
     """The letter that an answer declares, as a capital; None: unread, or two letters remain.
 
-    The first form of DECLARED that names a letter decides. What is said to be wrong does not count.
+    The first form of DECLARED that names a letter decides. What is said to be wrong does not count,
+    nor do a model's thoughts before its answer.
     """
-    text = text.replace("\u2019", "'")
+    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].translate(ALIKE)
+    text = re.sub(r"[*_`$]+", " ", text)                        # **B**
     rejected = {letter for found in REJECTED.findall(text) for letter in found}
     for forms in DECLARED:
         named = set()
@@ -384,7 +415,7 @@ def fits(task, answer):
     """Whether an answer has the form that TASKS asks for."""
     if task == "refer":
         box = isinstance(answer, list) and len(answer) == 4
-        return (box and all(type(n) in (int, float) and math.isfinite(n) for n in answer)
+        return (box and all(type(n) in (int, float) and abs(n) < 1e9 for n in answer)
                 and answer[0] < answer[2] and answer[1] < answer[3])
     if task == "choice":
         return isinstance(answer, str) and re.fullmatch("[A-Za-z]", answer) is not None
@@ -400,7 +431,8 @@ def read_item(record, index, path, image_dir, sizes):
     image: its path or None; image_size: for refer; unit: what the bootstrap draws together; sizes:
     of the images opened so far. InputError: whatever keeps the record from being scored.
     """
-    where = f"{path}: record {record.get('id', index)}"
+    name = str(index) if record.get("id") is None else data.id_of(record["id"])
+    where = f"{path}: record {name}"
     turns, image = record.get("conversations"), record.get("image")
     if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
         raise InputError(f'{where}: "conversations" is missing or not a list of turns')
@@ -417,7 +449,7 @@ def read_item(record, index, path, image_dir, sizes):
     if image is None and task in ("caption", "refer"):
         raise InputError(f'{where}: "image" is missing, which task {task} is about')
     image = None if image is None else data.image_path(record, image_dir, where)
-    if image and not image.is_file():
+    if image and not os.path.isfile(image):
         raise InputError(f"{where}: there is no image {image}; --image-dir names the folder that"
                          " images are in")
     if task == "refer":
@@ -425,7 +457,7 @@ def read_item(record, index, path, image_dir, sizes):
             sizes[image], _ = data.image_header(image, where)
         check_region({"bbox": answer}, sizes[image], f"{where}: answer")
     kind = None if record.get("kind") is None else str(record["kind"])
-    return dict(where=where, file=Path(path).stem, id=str(record.get("id", index)), task=task,
+    return dict(where=where, file=Path(path).stem, id=name, task=task,
                 kind=kind, answer=answer, conversations=turns, image=image,
                 image_size=sizes.get(image), unit=str(image or (path, index)))
 

@@ -153,7 +153,7 @@ def check_region(region, image_size, where):
         rle_counts(region["rle"], where, image_size)
         return None
     shown = f"[{', '.join(f'{n:g}' for n in bounds)}]"
-    shares = bounds.min() >= 0 and bounds.max() <= 1 and (bounds[2:] > bounds[:2]).any()
+    shares = bounds.min() > -0.1 and bounds.max() < 1.1 and (bounds[2:] > bounds[:2]).any()
     if shares and min(image_size) > 8:
         raise InputError(f"{where}: {shown} looks divided by the image size; coordinates are pixels"
                          f" of the original image, here {width} x {height}")
@@ -176,7 +176,7 @@ def check_frame(names, boxes, sizes, corners=True):
         return
     boxes, (w, h) = np.asarray(boxes, np.float64), np.asarray(sizes, np.float64).T
     (x0, y0, x1, y1), n, low, high = boxes.T, len(boxes), boxes.min(1), boxes.max(1)
-    shares = (low >= 0) & (high <= (1 if corners else 2)) & (np.minimum(w, h) > 8)
+    shares = (low > -0.1) & (high < (1.1 if corners else 2.1)) & (np.minimum(w, h) > 8)
     turned = (x1 < x0) | (y1 < y0)
     over = np.maximum(np.maximum(x1 / w, y1 / h), 1 + np.maximum(-x0 / w, -y0 / h))
     far, small = over > (1.25 if n > 1 else 1.5), (low.min() >= 0) & (high.max() <= 1000)
@@ -306,7 +306,8 @@ def rle_counts(rle, where="rle", image_size=None):
     if image_size is not None and size.tolist() != list(image_size[::-1]):
         raise InputError(f"{where}: rle size {rle['size']} is not the image's [height, width] ="
                          f" [{image_size[1]}, {image_size[0]}]")
-    counts = _counts_from_string(counts, where) if isinstance(counts, str | bytes) else counts
+    if isinstance(counts, str | bytes):
+        counts = _counts_from_string(counts, where)
     counts = _numbers(counts, f"{where}: rle counts").astype(np.int64)
     if len(size) != 2 or (counts < 0).any() or counts.sum() != size[0] * size[1]:
         raise InputError(f"{where}: rle counts add up to {counts.sum()}, not to height x width"
@@ -327,6 +328,8 @@ def encode_edges(edges, size, compressed=True):
 
 
 def _counts_from_string(text, where):
+    if not text.isascii():
+        raise InputError(f"{where}: rle counts are not a compressed COCO string")
     group = np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8)
     group = group.astype(np.int64) - 48
     last = group & 32 == 0                              # of a number
@@ -372,7 +375,7 @@ STOP_WORDS = frozenset("""
     something and or but nor so yet as than if while because though although not very too also just
     only am is are was were be been being have has had having do does did doing will would shall
     should could may might must
-    never none nobody nothing cannot lacks lacking missing absent minus except excluding instead
+    never non none nobody nothing cannot lacks lacking missing absent minus except excluding instead
 """.split())    # English; "can", "round" and "like" are missing: they are nouns or adjectives too
 
 # Letters with their marks, and digits, are one word; a word may hold hyphens and apostrophes.
@@ -380,13 +383,16 @@ WORD = r"[\p{L}\p{M}\p{N}\u200c\u200d]+(?:[-'\u00b7\u05f3\u05f4][\p{L}\p{M}\p{N}
 PIECE = regex.compile(WORD + r"|[^\s_]")                 # a word or a sign
 LETTER = regex.compile(r"\p{L}")
 SPACELESS = regex.compile(                              # scripts that put no spaces between words
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc\uff70\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+ALIKE = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc", "'")       # apostrophes, hyphens
+                      | dict.fromkeys("\u2010\u2011\u2012\u2212", "-")
+                      | dict.fromkeys("\u00ad\u200b\u2060\ufeff"))    # what nobody sees
 
 
 def lowered(text):
-    """Lower case in NFC, with straight apostrophes: one spelling of a word, whoever typed it."""
+    """Lower case in NFC, with plain hyphens and apostrophes: one spelling of a word."""
     text = unicodedata.normalize("NFC", text).lower()
-    return unicodedata.normalize("NFC", text).replace("\u2019", "'").replace("\u02bc", "'")
+    return unicodedata.normalize("NFC", text).translate(ALIKE)
 
 
 def read_stop_words(name):
@@ -416,7 +422,7 @@ def content_words(phrase, stop_words=STOP_WORDS):
 
 # What begins the naming of things that are not there, if it is among the stop words: so a list for
 # another language brings its own, or none.
-NEGATORS = frozenset("no not without never neither nor none nobody nothing cannot lacks lacking"
+NEGATORS = frozenset("no not non without never neither nor none nobody nothing cannot lacks lacking"
                      " missing absent minus except excluding".split())
 PAIRS = {("instead", "of"), ("free", "of"), ("devoid", "of"), ("absence", "of"), ("lack", "of"),
          ("rather", "than"), ("other", "than")}
@@ -425,10 +431,13 @@ SEEN = frozenset("worn visible present there found shown seen".split())         
 # to something else.
 PLACES = frozenset("""
     in on at by near next behind beside between beyond below beneath above under underneath over
-    inside outside against along around across through toward towards from onto into""".split())
+    inside outside against along around across through to toward towards from onto into""".split())
 GOES_ON = PLACES | frozenset("""
     with who whom whose which that where when while as because since though although is are was were
-    has have wearing holding carrying riding sitting standing""".split())
+    has have wearing holding carrying riding sitting standing walking running jumping playing
+    looking watching talking eating drinking leaning lying laying pulling pushing throwing catching
+    hitting kicking using facing crossing driving flying hanging climbing feeding""".split())
+DEGREES = frozenset("very so too quite really fully yet that".split())       # "a not very big dog"
 SIGNS = frozenset("sign signs symbol symbols zone".split())         # "a no parking sign" is there
 
 
@@ -438,34 +447,40 @@ def pieces(text, stop_words=STOP_WORDS):
 
     A small English rule, ours. What follows a negator is not there, up to a sign (but for a comma
     before an "or") or a word that goes on to something else: "no helmet", "without_mask", "not
-    wearing a hat", "a man with no shirt on a horse" (the horse is there). "Missing", "absent" and
-    "not worn" at the end negate what stands before them.
+    wearing a hat", "a man with no shirt on a horse" (the horse is there). "Missing", "no" and "not
+    worn" at the end negate what stands before them.
     """
-    text = regex.sub(r"\bw/o\b", "without", lowered(text))
-    text = regex.sub(r"\b(no|not|without)-(?=\p{L}+\b(?!-))", r"\1 ", text)  # "no-mask"
+    text = regex.sub(r"\b([Nn]on?|[Ww]ithout)(?=\p{Lu}\p{Ll})", r"\1 ", text)     # "NoHelmet"
+    text = regex.sub(r"\bw/o(ut)?\b", "without", lowered(text))
+    text = regex.sub(r"(?<=\p{L})-(no|not|without)-(?=\p{L})", r" \1 ", text)     # "man-no-hat"
+    text = regex.sub(r"\b(no|not|without)-(?=\p{L}+\b(?!-))", r"\1 ", text)      # "no-mask"
     found, active = PIECE.findall(text), NEGATORS & set(stop_words)
-    said, negated, named, clause = [True] * len(found), False, False, 0
+    said, negated, named, degree, clauses = [True] * len(found), False, False, False, [0]
     for i, piece in enumerate(found):
         rest = found[i + 1:]
         after = rest[0] if rest else ""
         if not LETTER.search(piece):
             listed = piece == "," and not {"or", "nor"}.isdisjoint(rest)
-            if not listed and piece not in "'\"-" and not (piece.isdecimal() and named):
+            joins = piece in ("':/=([\u2013-" if negated and not named else "'\"-")  # "no:mask"
+            if not listed and not joins and not (piece.isdecimal() and named):
                 negated = False                                         # "no. 5" negates nothing
-                clause = clause if piece.isdecimal() else i + 1
+                clauses += [] if piece.isdecimal() else [i + 1]
         elif active and (piece in active or piece.endswith("n't") or (piece, after) in PAIRS):
-            last = piece in ("missing", "absent") or after in SEEN
+            last = piece in ("missing", "absent", "no", "none", "without") or after in SEEN
             if last and not any(map(LETTER.search, rest[after in SEEN:])):
-                said[clause:] = [False] * (len(found) - clause)
+                own = [c for c in clauses if any(map(LETTER.search, found[c:i]))] or [i]
+                said[own[-1]:] = [False] * (len(found) - own[-1])       # "helmet: no"
                 break
             said[i], negated, named = False, after not in ("only", "just", "merely"), False
+            degree = after in DEGREES
         else:
             ends = GOES_ON if named else PLACES
             if piece == "but" or piece in ends or (piece in SIGNS and after != "of"):
                 negated = False
+            compound = regex.fullmatch(r"(non|no|not|without)-.*|.*-(free|less)", piece)
+            said[i] = not negated and not (active and compound)         # not "sugar-free"
             named = named or piece not in stop_words
-            compound = regex.fullmatch(r"(non|no|not)-.*|.*-(free|less)", piece)    # "sugar-free"
-            said[i] = not negated and not (active and compound)
+            negated = negated and not (degree and named)
     return tuple(zip(found, said))
 
 
@@ -533,7 +548,7 @@ def word_ids(tokenizer, word):
     """Tokens of a word within a sentence: those of " word", or of the word alone in a script that
     writes no spaces. Blank and unknown ones drop out: [] for one that the tokenizer cannot write.
     """
-    blank = "" if SPACELESS.match(word) else " "
+    blank = "" if SPACELESS.search(word) else " "
     return [token for token in encode_text(tokenizer, blank + word)
             if token != tokenizer.unk_token_id and not _is_blank(tokenizer, token)]
 

@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import eval as evaluation
 import labels
 import projector
 import runtime
@@ -277,6 +278,32 @@ def test_special_tokens_in_text_are_text(prompt):
 def test_the_marker_moves_to_the_front_of_its_turn():
     turns = [{"from": "human", "value": "What is it? <image>"}, {"from": "gpt", "value": "a dog"}]
     assert data.check_turns(turns, True, "x")[0] == ("user", "<image>\nWhat is it?")
+
+
+def test_what_no_reader_expects_is_one_line(tmp_path):
+    """Values on which Python itself fails: each is an InputError."""
+    (tmp_path / "a.JSONL").write_text('{"id": ' + "9" * 5000 + "}")
+    (tmp_path / "b.json").write_text('[{"id": null, "regions": []}]')
+    (tmp_path / "c.json").write_text('[{"id": 1}]')
+    counts = {"rle": {"size": [2, 2], "counts": "\u00e9\ud83d"}}
+    long = {"image": "a" * 300, "conversations": []}
+    huge = {"task": "refer", "answer": [0, 0, 10**400, 1], "image": "a", "conversations": [{}]}
+    vqa = {"task": "vqa", "answer": "a", "conversations": [{}]}
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "backbones" / "toy-llama")
+    form = dict(image_size=96, geometry="crop", grid=(2, 2), mean=[0] * 3, std=[1] * 3)
+    for text, call in {
+        "a.JSONL: line 1: a number of thousands": lambda: data.read_records(tmp_path / "a.JSONL"),
+        "entry 0 needs .id.": lambda: data.read_records(tmp_path / "c.json", tmp_path / "b.json"),
+        "not a compressed COCO string": lambda: labels.check_region(counts, (2, 2), "x"),
+        "no image": lambda: data.Records([long], tmp_path, tokenizer, **form),
+        "there is no image": lambda: evaluation.read_item(long | vqa, 0, "f", tmp_path, {}),
+        "does not match task refer": lambda: evaluation.read_item(huge, 0, "f", tmp_path, {}),
+        "looks divided": lambda: labels.check_region(
+            {"bbox": [-0.01, 0, 0.5, 1.02]}, (640, 480), "x"
+        ),
+    }.items():
+        with pytest.raises(InputError, match=text):
+            call()
 
 
 # ---- images --------------------------------------------------------------------------------------
