@@ -8,6 +8,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # so that `run` and `here` give equal numbe
 import contextlib
 import importlib
 import io
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +106,46 @@ def here():
         return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     return here
+
+
+@pytest.fixture(scope="session")
+def ranks(here, tmp_path_factory):
+    """ranks("sft.py", "--steps", 3): the same in two processes, as torchrun starts them.
+
+    They are forked, without imports. When one fails, the other one gets SIGTERM.
+    """
+
+    def ranks(script, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder, alive = tmp_path_factory.mktemp("ranks"), {}
+        for rank in range(2):
+            if pid := os.fork():
+                alive[pid] = rank
+                continue
+            code = 1
+            try:
+                place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+                place |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                os.environ.update({name: str(value) for name, value in place.items()})
+                done = here(script, *arguments)
+                (folder / f"out{rank}").write_text(done.stdout)
+                (folder / f"err{rank}").write_text(done.stderr)
+                code = done.returncode
+            finally:
+                os._exit(code)
+        codes = []
+        while alive:
+            pid, status = os.wait()
+            codes.append(os.waitstatus_to_exitcode(status))
+            alive.pop(pid)
+            for other in alive if codes[-1] else ():
+                os.kill(other, signal.SIGTERM)
+        said = [
+            "".join(path.read_text() for path in sorted(folder.glob(f"{name}?")))
+            for name in ("out", "err")
+        ]
+        return subprocess.CompletedProcess([script], next(filter(None, codes), 0), *said)
+
+    return ranks

@@ -119,10 +119,10 @@ def test_a_cached_run_is_the_same_and_needs_no_image_twice(
     assert set(log(tmp_path / "warm", "cache_hits").values()) == {1.0}
 
 
-def test_processes_fill_one_cache(run, flags, straight, world, tmp_path):
+def test_processes_fill_one_cache(ranks, flags, straight, world, tmp_path):
     """Two processes, over uneven micro-batches: what one gives, and every row."""
     cached = [*flags, "--cache-features", tmp_path / "cache", "--out", tmp_path / "two"]
-    finished(run("pretrain.py", *cached, "--micro-batch", 3, "--workers", 1, processes=2))
+    finished(ranks("pretrain.py", *cached, "--micro-batch", 3, "--workers", 1))
     assert log(straight, "caption_loss") == pytest.approx(
         log(tmp_path / "two", "caption_loss"), rel=1e-5
     )

@@ -1,4 +1,5 @@
 """probe.py against closed forms and worked examples, and on a model whose answers are known."""
+
 import json
 import math
 
@@ -29,7 +30,7 @@ def test_entropy_of_orthogonal_rows_is_ln_n_whatever_their_lengths(n, width):
     assert probe.von_neumann_entropy(more) == pytest.approx(math.log(n), abs=1e-12)
 
 
-@pytest.mark.parametrize("width", [3, 40])                      # covariance and Gram
+@pytest.mark.parametrize("width", [3, 40])  # covariance and Gram
 def test_entropy_of_parallel_rows_of_two_directions_and_of_none(width):
     parallel = random(7, 1) * random(1, width)
     for rows in (parallel, parallel[:1]):
@@ -53,13 +54,13 @@ def test_entropy_does_not_depend_on_the_side_or_the_chunks(monkeypatch):
 
 def test_entropies_per_image_pooled_and_without_the_mean():
     first, second, third = torch.eye(3)
-    x = torch.stack([torch.stack([first, first]), torch.stack([second, third])])    # (2, 2, 3)
+    x = torch.stack([torch.stack([first, first]), torch.stack([second, third])])  # (2, 2, 3)
     mean, pooled, centred = probe.entropies(x, "cpu")
     assert mean == pytest.approx(math.log(2) / 2)
-    assert pooled == pytest.approx(1.5 * math.log(2))           # weights 1/2, 1/4, 1/4
+    assert pooled == pytest.approx(1.5 * math.log(2))  # weights 1/2, 1/4, 1/4
     rest = (x - x.mean((0, 1))).flatten(0, 1)
     assert centred == pytest.approx(probe.von_neumann_entropy(rest), abs=1e-6)
-    assert centred < math.log(2) < pooled                       # the centred rows lie in a plane
+    assert centred < math.log(2) < pooled  # the centred rows lie in a plane
 
 
 def test_collapse_does_not_pass_for_diversity_once_the_mean_is_removed():
@@ -69,9 +70,9 @@ def test_collapse_does_not_pass_for_diversity_once_the_mean_is_removed():
 
 # ---- alignment and recall ------------------------------------------------------------------------
 
-W = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [3, 3, 0]])            # cosines ignore lengths
+W = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [3, 3, 0]])  # cosines ignore lengths
 H = torch.tensor([[3, 0, 0.1], [0.9, 1, 0]])
-WORDS = [[(0,), (2,)], [(1, 2)]]                                # two words; one word of two tokens
+WORDS = [[(0,), (2,)], [(1, 2)]]  # two words; one word of two tokens
 
 
 def test_alignment_of_a_worked_example():
@@ -79,7 +80,7 @@ def test_alignment_of_a_worked_example():
     second = 1 / math.sqrt(1.81) / math.sqrt(2)
     expected = pytest.approx((first + second) / 2, abs=1e-6)
     assert probe.alignment(H, W, WORDS) == expected
-    stretched = W * torch.tensor([[1], [7], [1], [1]])          # tokens count as unit vectors
+    stretched = W * torch.tensor([[1], [7], [1], [1]])  # tokens count as unit vectors
     assert probe.alignment(H, stretched, WORDS) == expected
 
 
@@ -126,7 +127,7 @@ def test_pursuit_recovers_a_planted_combination():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pursuit_is_greedy_and_least_squares_at_every_step(dtype, monkeypatch):
-    monkeypatch.setattr(probe, "CHUNK", 4 * 6 * 19 * 2)         # chunks of three rows
+    monkeypatch.setattr(probe, "CHUNK", 4 * 6 * 19 * 2)  # chunks of three rows
     dictionary, x = random(53, 19, seed=3), random(7, 19, seed=4)
     found = probe.matching_pursuit(x.to(dtype), dictionary.to(dtype), 6)
     indices, coefficients, explained = found
@@ -169,7 +170,7 @@ def test_pursuit_stays_orthogonal_among_nearly_parallel_atoms():
         basis, u = dictionary[indices[i]].double().T, F.normalize(x[i].double(), dim=0)
         fit = torch.linalg.lstsq(basis, u[:, None], driver="gelsd").solution
         rest = (u - (basis @ fit).squeeze(1)).square().sum().item()
-        assert explained[i, -1].item() == pytest.approx(1 - rest, abs=2e-5)     # one pass: 6e-3
+        assert explained[i, -1].item() == pytest.approx(1 - rest, abs=2e-5)  # one pass: 6e-3
 
 
 def test_rotation_keeps_angles_and_loses_directions():
@@ -200,8 +201,16 @@ def test_a_large_vocabulary_needs_no_second_table(monkeypatch):
 # ---- a model that turns a patch's colour into the colour's own word ------------------------------
 
 
-TOKENS = ["<unk>", "Ġred", "Ġblue", "Ġgrey", "x", "Ġ7", "Ġ",
-          *(f"Ġ{a}{b}" for a in "klmnopqr" for b in "aeiouwy")]
+TOKENS = [
+    "<unk>",
+    "Ġred",
+    "Ġblue",
+    "Ġgrey",
+    "x",
+    "Ġ7",
+    "Ġ",
+    *(f"Ġ{a}{b}" for a in "klmnopqr" for b in "aeiouwy"),
+]
 
 
 def word_tokenizer():
@@ -223,11 +232,11 @@ class Model:
         return self
 
     def encode(self, pixels):
-        return F.adaptive_avg_pool2d(pixels, self.grid).flatten(2).transpose(1, 2)      # (B, P, 3)
+        return F.adaptive_avg_pool2d(pixels, self.grid).flatten(2).transpose(1, 2)  # (B, P, 3)
 
     def projector(self, z):
         red = z[..., 0] - z[..., 2]
-        scores = torch.stack([red, -red, 0 * red + 0.3], 2)     # of red, blue, grey
+        scores = torch.stack([red, -red, 0 * red + 0.3], 2)  # of red, blue, grey
         return self.word_embeddings[1:4][scores.argmax(2)]
 
 
@@ -242,8 +251,10 @@ def write_data(folder, regions=True):
     pixels[:10, 30:], pixels[10:, :10] = (255, 0, 0), (0, 0, 255)
     records = []
     for name, top, bottom in (("one", 0, 10), ("two", 10, 0)):
-        boxes = [{"phrase": "a red box", "bbox": [30, top, 40, top + 10]},
-                 {"phrase": "a red box", "bbox": [0, bottom, 10, bottom + 10]}]
+        boxes = [
+            {"phrase": "a red box", "bbox": [30, top, 40, top + 10]},
+            {"phrase": "a red box", "bbox": [0, bottom, 10, bottom + 10]},
+        ]
         image = Image.fromarray(pixels if top == 0 else pixels[::-1].copy())
         image.save(folder / "images" / f"{name}.png")
         record = {"id": name, "image": f"{name}.png"}
@@ -256,12 +267,15 @@ def test_panel_shows_each_word_where_the_patch_is(tmp_path):
     records, model, images = write_data(tmp_path), Model(), tmp_path / "images"
     z, h, words = probe.collect(model, records, images, batch_size=1)
     assert z.shape == (2, 16, 3) and h.shape == (2, 16, 24)
-    assert [i for i, row in enumerate(words) if row] == [7, 8, 20, 27]   # (row 1, column 3), (2, 0)
+    assert [i for i, row in enumerate(words) if row] == [7, 8, 20, 27]  # (row 1, column 3), (2, 0)
     (view, panel), (_, second) = probe.panels(model, records, [0, 1], h, words, images, {})
     assert view.size == panel.size == (probe.PANEL, probe.PANEL)
     side = probe.PANEL // 4
-    middle = {(r, c): view.getpixel((c * side + side // 2, r * side + side // 2))
-              for r in range(4) for c in range(4)}
+    middle = {
+        (r, c): view.getpixel((c * side + side // 2, r * side + side // 2))
+        for r in range(4)
+        for c in range(4)
+    }
     red, blue = middle.pop((1, 3)), middle.pop((2, 0))
     assert red[0] > 240 > 20 > red[2] and blue[2] > 240 > 20 > blue[0]
     assert all(abs(v - 128) < 9 for colour in middle.values() for v in colour)
@@ -274,32 +288,36 @@ def test_panel_shows_each_word_where_the_patch_is(tmp_path):
     assert second.getpixel((3 * side + 2, 2 * side + side // 2)) == probe.FRAME[True]
     grey = {panel.getpixel((c * side + 15, r * side + 15)) for r in (1, 2) for c in (1, 2)}
     assert len(grey) == 1
-    (upside, alone), = probe.panels(model, records, [1], h, words, images, {})
+    ((upside, alone),) = probe.panels(model, records, [1], h, words, images, {})
     assert np.array_equal(upside, np.asarray(view)[::-1])
-    assert np.array_equal(alone, second)                        # its own patches and words
+    assert np.array_equal(alone, second)  # its own patches and words
 
 
 def test_areas_are_connected_along_edges_and_do_not_wrap():
     assert sorted(probe.areas("abaaabccb", 3)) == [[0, 3, 4], [1], [2], [5, 8], [6, 7]]
-    assert sorted(probe.areas("abaaaa", 3)) == [[0, 2, 3, 4, 5], [1]]                # joined below
+    assert sorted(probe.areas("abaaaa", 3)) == [[0, 2, 3, 4, 5], [1]]  # joined below
 
 
-@pytest.mark.parametrize(("side", "texts"), [
-    (16, ["a"] * 128 + [""] * 127 + ["a"]),                     # narrow: areas of three and more
-    (4, [""] * 15 + ["a"])])                                    # wide: every patch
+@pytest.mark.parametrize(
+    ("side", "texts"),
+    [
+        (16, ["a"] * 128 + [""] * 127 + ["a"]),  # narrow: areas of three and more
+        (4, [""] * 15 + ["a"]),
+    ],
+)  # wide: every patch
 def test_panel_names_areas_of_narrow_patches_and_each_wide_patch(side, texts):
     view = Image.new("RGB", (probe.PANEL, probe.PANEL), (90, 90, 90))
     black = {"a": (0, 0, 0), "": (0, 0, 0)}
     plain = probe.panel(view, (side, side), texts, [None] * side**2, black)
     bright = (np.asarray(plain).max(2) > 200).nonzero()
-    assert len(bright[0]) and np.ptp(bright[0]) < 25 and np.ptp(bright[1]) < 25     # one name
+    assert len(bright[0]) and np.ptp(bright[0]) < 25 and np.ptp(bright[1]) < 25  # one name
 
 
 def test_words_of_the_dictionary():
     tokenizer, w = Model.tokenizer, Model.word_embeddings.clone()
-    w[2] = 1e-6                                                 # a row that training never touched
+    w[2] = 1e-6  # a row that training never touched
     ids, texts, whole = probe.word_rows(tokenizer, w)
-    assert whole and ids.tolist() == [1, 3, *range(7, 63)]      # not <unk>, x, Ġ7, Ġ
+    assert whole and ids.tolist() == [1, 3, *range(7, 63)]  # not <unk>, x, Ġ7, Ġ
     assert texts[:3] == ["red", "grey", "ka"]
     ids, texts, whole = probe.word_rows(tokenizer, w[:40])
     assert not whole and ids.tolist() == [1, *range(3, 40)]
@@ -325,11 +343,17 @@ def probed(folder, monkeypatch, regions=True, model=Model, **flags):
 def test_main_writes_the_agreed_keys_the_picture_and_the_table(tmp_path, monkeypatch, capsys):
     first, second = probed(tmp_path, monkeypatch)
     assert first["checkpoint"] != second.pop("checkpoint") and first.items() > second.items()
-    assert set(first["entropy"]) == {"encoder", "projected", "encoder_pooled", "projected_pooled",
-                                     "encoder_centred", "projected_centred"}
+    assert set(first["entropy"]) == {
+        "encoder",
+        "projected",
+        "encoder_pooled",
+        "projected_pooled",
+        "encoder_centred",
+        "projected_centred",
+    }
     assert first["effective_rank"]["projected"] == math.exp(first["entropy"]["projected"])
     assert set(first["recall"]) == {"1", "5", "10"}
-    assert first["recall"]["1"] == 0.5              # "box" has no token; one box is red
+    assert first["recall"]["1"] == 0.5  # "box" has no token; one box is red
     assert (first["patches"], first["images"], first["labelled"]) == (32, 2, 4)
     assert first["words_per_patch"] == 1
     pursuit = first["pursuit"]
@@ -356,9 +380,14 @@ class Diverged(Model):
     word_embeddings = Model.word_embeddings * math.nan
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (dict(coverage=25), "--coverage 25 is a share"), (dict(atoms=0), "--atoms 0 is less than 1"),
-    (dict(model=Diverged), "not finite")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(coverage=25), "--coverage 25 is a share"),
+        (dict(atoms=0), "--atoms 0 is less than 1"),
+        (dict(model=Diverged), "not finite"),
+    ],
+)
 def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch):
     with pytest.raises(runtime.InputError, match=message):
         probed(tmp_path, monkeypatch, **flags)
@@ -371,7 +400,7 @@ def test_chance_is_the_mean_over_all_pairs_of_patches_and_words():
     h = w[names] + 0.5 * random(n, 24, seed=5, dtype=torch.float32) + w[1]
     args, x = probe.Args([], atoms=2, pursuit_patches=50), h.view(10, 60, 24)
     result = probe.analyse(Model(), x, x, [[(i,)] for i in names], args)
-    cosine = F.normalize(h, dim=1) @ F.normalize(w, dim=1)[names].T       # (patches, words)
+    cosine = F.normalize(h, dim=1) @ F.normalize(w, dim=1)[names].T  # (patches, words)
     spread = 4 * cosine.std().item() / math.sqrt(n)
     assert result["align"] == pytest.approx(cosine.diagonal().mean().item(), abs=1e-5)
     assert result["chance"] == pytest.approx(cosine.mean().item(), abs=spread)
@@ -382,10 +411,15 @@ def test_chance_is_the_mean_over_all_pairs_of_patches_and_words():
     assert pursuit["recall"][1] > 0.5 > 0.2 > pursuit["control_recall"][1]
     table = probe.scores(result)
     for title, score, note, other in (
-            ("recall@5", result["recall"]["5"], "chance", result["recall_chance"]["5"]),
-            ("pursuit words found, 2 atoms", pursuit["recall"][1], "control",
-             pursuit["control_recall"][1]),
-            ("pursuit energy, 1 atoms", pursuit["explained"][0], "control", pursuit["control"][0])):
+        ("recall@5", result["recall"]["5"], "chance", result["recall_chance"]["5"]),
+        (
+            "pursuit words found, 2 atoms",
+            pursuit["recall"][1],
+            "control",
+            pursuit["control_recall"][1],
+        ),
+        ("pursuit energy, 1 atoms", pursuit["explained"][0], "control", pursuit["control"][0]),
+    ):
         assert table[title] == f"{score:.3f} ({note} {other:.3f})"
     assert result["anisotropy"]["norm"] == pytest.approx(w.norm(dim=1).mean().item())
 
@@ -393,22 +427,28 @@ def test_chance_is_the_mean_over_all_pairs_of_patches_and_words():
 def test_outputs_never_collide(tmp_path):
     def outputs(checkpoints, out=""):
         names, files = runtime.outputs(checkpoints, out, "probe.json")
-        return names, [str(file) for file, in files]
+        return names, [str(file) for (file,) in files]
 
     assert outputs(["a/ckpt.pt", "b/ckpt.pt"]) == (["a", "b"], ["a/probe.json", "b/probe.json"])
-    for checkpoints, out in ((["a/ckpt.pt", "b/ckpt.pt"], "x"), (["r/one.pt", "r/two.pt"], ""),
-                             (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o")):
+    for checkpoints, out in (
+        (["a/ckpt.pt", "b/ckpt.pt"], "x"),
+        (["r/one.pt", "r/two.pt"], ""),
+        (["x/a/ckpt.pt", "y/a/ckpt.pt"], "o"),
+    ):
         names, files = outputs(checkpoints, out)
         assert len(set(names)) == len(set(files)) == 2
     beside = outputs(["r/ckpt.pt", "r/ckpt-100.pt"])[1]
     assert beside == ["r/probe-r.json", "r/probe-ckpt-100.json"]
-    assert outputs(["r/ckpt-100.pt"])[1] == ["r/probe-ckpt-100.json"]    # never as that of ckpt.pt
+    assert outputs(["r/ckpt-100.pt"])[1] == ["r/probe-ckpt-100.json"]  # never as that of ckpt.pt
     pair = runtime.outputs(["r/ckpt-100.pt"], "", "eval.json", "predictions.jsonl")[1][0]
     assert [file.name for file in pair] == ["eval-ckpt-100.json", "predictions-ckpt-100.jsonl"]
     mixed = ["llava-hf/llava-1.5-7b-hf", str(tmp_path), f"{tmp_path}/mm_projector.bin"]
     names, files = outputs(mixed)
     assert names == ["llava-1.5-7b-hf", tmp_path.name, "mm_projector"]
-    assert files == ["runs/llava-1.5-7b-hf/probe.json", f"{tmp_path}/probe-{tmp_path.name}.json",
-                     f"{tmp_path}/probe-mm_projector.json"]
+    assert files == [
+        "runs/llava-1.5-7b-hf/probe.json",
+        f"{tmp_path}/probe-{tmp_path.name}.json",
+        f"{tmp_path}/probe-mm_projector.json",
+    ]
     with pytest.raises(runtime.InputError, match="two of them would be written to one file"):
         outputs(["a/ckpt.pt", "./a/ckpt.pt"], "o")

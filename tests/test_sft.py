@@ -102,11 +102,11 @@ def straight(request, here, flags, tmp_path_factory):
 @pytest.mark.parametrize(
     "how", [["--micro-batch", 3], ["--shard", "--checkpointing"]], ids=["replicated", "sharded"]
 )
-def test_two_processes_give_what_one_gives(run, flags, straight, how, tmp_path):
+def test_two_processes_give_what_one_gives(ranks, flags, straight, how, tmp_path):
     tune, out, _ = straight
     if tune == "lora" and "--shard" not in how:
         pytest.skip("replicated, LoRA's gradients are summed by the same line")
-    said = finished(run("sft.py", *flags, *TUNE[tune], *how, "--out", tmp_path, processes=2))
+    said = finished(ranks("sft.py", *flags, *TUNE[tune], *how, "--out", tmp_path))
     assert "2 processes" in said and ("in shards" in said) == ("--shard" in how)
     assert_same(out, tmp_path, 2e-5)
 
@@ -269,7 +269,7 @@ def cut(image):
 
 
 @pytest.mark.parametrize("tune", ["dropout", "sharded"])
-def test_resuming_in_mid_epoch_is_not_noticeable(run, here, broken, tune, tmp_path):
+def test_resuming_in_mid_epoch_is_not_noticeable(ranks, here, broken, tune, tmp_path):
     """An image of the sixth step is broken: one line, and resume.pt of step 5, but of step 4 where
     an error stops the gathering of shards. Mended and
     resumed, dropout and all, the run ends as if unstopped."""
@@ -279,7 +279,7 @@ def test_resuming_in_mid_epoch_is_not_noticeable(run, here, broken, tune, tmp_pa
 
     def stage(*more):
         if tune == "sharded":
-            return run(*sharded, "--out", *more, processes=2)
+            return ranks(*sharded, "--out", *more)
         return here(*dropping, "--out", *more)
 
     finished(stage(tmp_path / "straight", "--keep-every", 3))

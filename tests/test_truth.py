@@ -374,9 +374,9 @@ def test_everything_that_a_step_would_refuse_is_listed_first(train, bad, tmp_pat
     one_line(train(*flags, "--max-length", 64), "cuts off the image")
 
 
-def test_two_processes_share_the_check(run, bad, world, tmp_path):
+def test_two_processes_share_the_check(ranks, bad, world, tmp_path):
     flags = ["--data", bad, "--image-dir", tmp_path / "images", "--batch-size", 4, "--steps", 1]
-    done = run("pretrain.py", *flags, "--out", tmp_path / "out", processes=2)
+    done = ranks("pretrain.py", *flags, "--out", tmp_path / "out")
     assert done.returncode and "bad.jsonl: 5 of 16 records cannot be used" in done.stderr
     assert "step" not in done.stdout
 
