@@ -51,10 +51,10 @@ def train(*arguments, script=pretrain):
 
 
 @pytest.fixture(scope="module")
-def straight(run, flags, world, tmp_path_factory):
+def straight(here, flags, world, tmp_path_factory):
     """The run without a cache, which the others are compared with."""
     out = tmp_path_factory.mktemp("straight")
-    finished(run("pretrain.py", *flags, "--val-data", world / "val.jsonl", "--out", out))
+    finished(here("pretrain.py", *flags, "--val-data", world / "val.jsonl", "--out", out))
     return out
 
 
@@ -87,7 +87,7 @@ def build(**changes):
 
 
 def test_a_cached_run_is_the_same_and_needs_no_image_twice(
-    run, flags, straight, world, images, tmp_path
+    here, flags, straight, world, images, tmp_path
 ):
     """Filled in the first epoch, read in the second. A second run opens no image: all are zeros."""
     cached = [
@@ -99,7 +99,7 @@ def test_a_cached_run_is_the_same_and_needs_no_image_twice(
         "--cache-features",
         tmp_path / "cache",
     ]
-    said = finished(run("pretrain.py", *cached, "--out", tmp_path / "cold"))
+    said = finished(here("pretrain.py", *cached, "--out", tmp_path / "cold"))
     assert f"features: 0 of {IMAGES} images are in {tmp_path / 'cache'}/toy-clip-" in said
     assert "features: 0 of 6 images" in said  # the validation split's, in a file of its own
     assert_same(straight, tmp_path / "cold")
@@ -108,7 +108,7 @@ def test_a_cached_run_is_the_same_and_needs_no_image_twice(
         before = image.stat()
         image.write_bytes(bytes(before.st_size))
         os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    said = finished(run("pretrain.py", *cached, "--out", tmp_path / "warm"))
+    said = finished(here("pretrain.py", *cached, "--out", tmp_path / "warm"))
     assert f"features: {IMAGES} of {IMAGES} images" in said and "features: 6 of 6 images" in said
     assert_same(straight, tmp_path / "warm")
     assert (
@@ -133,7 +133,7 @@ def test_processes_fill_one_cache(ranks, flags, straight, world, tmp_path):
     torch.testing.assert_close(torch.stack([cache[i]["features"] for i in range(IMAGES)]), Z)
 
 
-def test_a_run_killed_while_it_writes_resumes_to_the_same_end(run, flags, straight, tmp_path):
+def test_a_run_killed_while_it_writes_resumes_to_the_same_end(here, flags, straight, tmp_path):
     """Killed with half a row on disk in step 6; resumed from step 4: it is encoded anew."""
     cached = [*flags, "--cache-features", tmp_path / "cache", "--out", tmp_path / "run"]
     code = """
@@ -158,7 +158,7 @@ pretrain.main(runtime.parse(pretrain.Args, "", sys.argv[1:]))
         capture_output=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert f"features: 43 of {IMAGES} images" in finished(run("pretrain.py", *cached, "--resume"))
+    assert f"features: 43 of {IMAGES} images" in finished(here("pretrain.py", *cached, "--resume"))
     assert_same(straight, tmp_path / "run")
     assert log(tmp_path / "run", "cache_hits") == dict.fromkeys(range(1, 5), 0.0) | {
         5: 1.0,

@@ -275,14 +275,15 @@ def test_flops_follow_the_closed_formula(llava, tune, checkpointing):
     assert backward["llm"] == pytest.approx(ways, rel=0.01)
 
 
-def test_stage_two_in_shards_before_stage_one_has_run(llava, run, tmp_path, monkeypatch):
+def test_stage_two_in_shards_before_stage_one_has_run(llava, here, tmp_path, monkeypatch):
     """sft.py takes stage 1's plan as a checkpoint; an eighth of the optimizer's 50 GiB per GPU."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert run("pretrain.py", f"@{llava}/flags.txt", "--dry-run", "--out", tmp_path).returncode == 0
-    plan, preset = tmp_path / "plan.pt", f"@{ROOT}/presets/llava-1.5-7b.sft.txt"
-    done = run(
-        "sft.py", plan, preset, "--micro-batch", 1, "--max-length", 640, "--dry-run", cwd=tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert (
+        here("pretrain.py", f"@{llava}/flags.txt", "--dry-run", "--out", tmp_path).returncode == 0
     )
+    plan, preset = tmp_path / "plan.pt", f"@{ROOT}/presets/llava-1.5-7b.sft.txt"
+    done = here("sft.py", plan, preset, "--micro-batch", 1, "--max-length", 640, "--dry-run")
     assert done.returncode == 0, done.stderr
     trained = 6_738_415_616 + 20_979_712
     assert re.search(
@@ -304,7 +305,7 @@ def test_stage_two_in_shards_before_stage_one_has_run(llava, run, tmp_path, monk
     monkeypatch.delenv("WORLD_SIZE")
     assert (
         "plan.pt: a checkpoint of stage plan"
-        in run("sft.py", plan, "--steps", 0, "--out", tmp_path / "sft").stderr
+        in here("sft.py", plan, "--steps", 0, "--out", tmp_path / "sft").stderr
     )
 
 
