@@ -266,8 +266,8 @@ def write_part(source, out: Path, header: dict) -> None:
               if not done[start: start + batch].all()]
     if done.any():
         runtime.log(f"going on: {done.sum()} of {source.count} images were done")
-    with open(own, "ab") as file:
-        runtime.hold(file, f"--out {out}")
+    rest = "what was done is kept, the same command goes on"
+    with runtime.writing(own, rest), open(own, "ab") as file:
         file.truncate(keep)
         file.write(b"" if keep else first_line)
         for start in tqdm(starts, desc="annotate", unit=f" x {batch} images", disable=rank > 0):
@@ -322,6 +322,7 @@ def convert(args: Args, out: Path) -> None:
         raise InputError(f"--from {args.from_}: no images")
     out.parent.mkdir(parents=True, exist_ok=True)
     source.check_units()
+    runtime.lock(out)
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in LOOK}
     write_part(source, out, flags | dict(images=source.count, inputs=fingerprint(source.inputs)))
     runtime.barrier()

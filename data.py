@@ -541,9 +541,9 @@ class Records(torch.utils.data.Dataset):
         for own in [*range(index, len(self)), *range(index)]:
             try:
                 return self._load(own) | dict(skipped=skipped)
-            except InputError:
+            except InputError as error:
                 if not self.skip_bad:
-                    raise
+                    raise InputError(f"{error}; mend it, or pass over it with --skip-bad") from None
                 skipped.append(self.name(own))
         raise InputError(f"{self.source}: none of its records can be read")
 

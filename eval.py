@@ -671,6 +671,8 @@ def main(args):
     shares = [answerable(path, items, not args.data) for path in args.checkpoints]
 
     names, files = runtime.outputs(args.checkpoints, args.out, "eval.json", "predictions.jsonl")
+    for scores_file, _ in files:
+        runtime.lock(scores_file)
     results, samples = [], []
     for path, share, (scores_file, predictions_file) in zip(args.checkpoints, shares, files):
         result, lines, drawn = evaluate(path, share, args, device)

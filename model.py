@@ -372,8 +372,10 @@ def read_checkpoint(path) -> dict:
     """The dict of a checkpoint file, read without running code. InputError: missing or not ours."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file; torchrun pretrain.py writes one to"
-                         " runs/pretrain/ckpt.pt")
+        inside = path / "ckpt.pt"
+        hint = f"{inside} is one" if inside.is_file() else ("torchrun pretrain.py writes one to"
+                                                            " runs/pretrain/ckpt.pt")
+        raise InputError(f"{path}: no such checkpoint file; {hint}")
     try:
         with warnings.catch_warnings(action="ignore"):      # the error says it all
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -115,7 +115,7 @@ WARMUP, CLIP = 0.03, 1.0        # share of the steps with rising rate; largest n
 CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt",
           "coverage", "tau", "patch_weight", "patch_loss", "centre_words", "stop_words")
 FREE = {"out", "resume", "micro_batch", "workers", "cache_features", "save_every", "log_every",
-        "val_every"}                                                           # change no result
+        "val_every", "skip_bad"}                                               # change no result
 
 
 def check(args: Args) -> Args:
@@ -303,7 +303,8 @@ def main(args: Args) -> None:
     if rank == 0:
         with runtime.atomic(out / "ckpt.pt") as path:
             save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
-    source = ["--data", args.val_data or args.data, "--image-dir", args.image_dir] * own_data
+    source = args.val_data or ("..." if args.skip_bad else args.data)   # probe.py takes no bad one
+    source = ["--data", source, "--image-dir", args.image_dir] * own_data
     runtime.finished(out / "ckpt.pt", ["python", "probe.py", out / "ckpt.pt", *source])
 
 

@@ -495,6 +495,8 @@ def main(args):
     shown = runtime.spread(with_regions or range(len(records)), args.show) if args.show else []
     names, files = runtime.outputs(args.checkpoints, args.out, "probe.json")
     written, palette = [file for file, in files], {}
+    for file in written:
+        runtime.lock(file)
     results, columns = zip(*(probe(path, file, records, shown, image_dir, palette, args, device)
                              for path, file in zip(args.checkpoints, written)))
     table = [scores(result) for result in results]

@@ -123,22 +123,49 @@ def run(main, cls, doc: str) -> None:
     """`main(args)` with flags from the command line.
 
     InputError, and a file or a disk that the system refuses, become one line on stderr and exit
-    status 2. Any other exception is a bug and keeps its traceback.
+    status 2; of several processes the first to fail says it. Ctrl-C is status 130. Any other
+    exception is a bug and keeps its traceback.
     """
     try:
         main(parse(cls, doc))
     except (InputError, OSError) as error:
         system = isinstance(error, OSError)
-        if system and not error.filename and error.errno not in FULL:
+        temporary = "temporary directory" in str(error)         # there is none: no error of ours
+        if system and not (error.filename or error.errno in FULL or temporary):
             raise
         message = f"{error.filename or 'writing'}: {error.strerror}" if system else str(error)
         message = message.strip().splitlines()[-1]      # a loader's worker has a traceback in front
-        print("error: " + message.removeprefix("runtime.InputError: "), file=sys.stderr)
+        say("error: " + message.removeprefix("runtime.InputError: "), first_to_fail())
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("error: stopped by Ctrl-C", rank() == 0)
+        sys.exit(130)
+    except RuntimeError:                                # or the process that it waited for has gone
+        if first_to_fail():
+            raise
         sys.exit(2)
     finally:
         unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def say(message: str, whether: bool) -> None:
+    """A line on stderr, above any progress bar."""
+    if whether:
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has failed before this one and said why."""
+    if not dist.is_initialized():
+        return rank() == 0                              # what is wrong with flags, all see
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:                                # the store has gone
+        return True
 
 
 def check_lowest(args, **lowest: float) -> None:
@@ -281,6 +308,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)     # of a disk
 
 
 @contextlib.contextmanager
+def writing(path, rest: str):
+    """Around what writes a file. InputError: the disk is full; rest: what is there now."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        by_torch = isinstance(error, RuntimeError) and any(     # its writer has no errno
+            part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
+        if by_torch or (isinstance(error, OSError) and error.errno in FULL):
+            reason = "is the disk full?" if by_torch else os.strerror(error.errno)
+            raise InputError(f"{path}: cannot be written ({reason}); {rest}") from None
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path):
     """A temporary file to write to, renamed to `path` on success: never half a file.
 
@@ -291,21 +332,16 @@ def atomic(path):
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)                       # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException as error:
+        with writing(path, "what was there is as it was"):
+            yield Path(temporary)
+            os.chmod(temporary, 0o644)                   # mkstemp's files are private
+            os.replace(temporary, path)
+    except BaseException:
         Path(temporary).unlink(missing_ok=True)
-        by_torch = isinstance(error, RuntimeError) and any(     # its writer has no errno
-            part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
-        if by_torch or (isinstance(error, OSError) and error.errno in FULL):
-            reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
-            raise InputError(f"{path}: cannot be written ({reason}); what was there is as it was"
-                             ) from None
         raise
 
 
-LOCKS = {}                                               # folder: its open lock file
+LOCKS = {}                                               # lock files that are open
 
 
 def hold(file, flag: str) -> bool:
@@ -327,14 +363,18 @@ def hold(file, flag: str) -> bool:
 
 
 def lock(out: Path) -> None:
-    """Keep other runs out of a folder until `unlock`. InputError: one is there."""
-    if rank() or out in LOCKS:
+    """Keep other runs out of a folder, or a file to be, until `unlock`. InputError: one is there.
+
+    A name with an ending is a file's.
+    """
+    path = out.parent / f".{out.name}.lock" if out.suffix in (".json", ".jsonl") else out / ".lock"
+    if rank() or path in LOCKS:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "w")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
     if not hold(file, f"--out {out}"):
         return
-    LOCKS[out] = file
+    LOCKS[path] = file
     there = os.stat(file.name) if os.path.exists(file.name) else None
     if there is None or there.st_ino != os.fstat(file.fileno()).st_ino:
         unlock()                                         # the one before removed it meanwhile
@@ -342,7 +382,7 @@ def lock(out: Path) -> None:
 
 
 def unlock() -> None:
-    """Let other runs into the folders of this one."""
+    """Let other runs in."""
     while LOCKS:
         _, file = LOCKS.popitem()
         Path(file.name).unlink(missing_ok=True)
@@ -422,7 +462,7 @@ class Metrics:
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
             row = {"step": step, "seconds": round(time.time() - self.began, 1), **row}
             line = json.dumps(row, allow_nan=False) + "\n"          # the caller refuses NaN
-            with self.path.open("a") as file:
+            with writing(self.path, "all steps before are in it"), self.path.open("a") as file:
                 file.write(line)
 
 

@@ -115,7 +115,7 @@ class Args:
 
 WARMUP, CLIP = 0.03, 1.0        # share of the steps with rising rate; largest norm of the gradient
 FREE = {"checkpoint", "out", "resume", "micro_batch", "workers", "cache_features", "save_every",
-        "keep_every", "log_every", "val_every", "shard", "checkpointing", "merge"}
+        "keep_every", "log_every", "val_every", "skip_bad", "shard", "checkpointing", "merge"}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -246,10 +246,10 @@ def main(args: Args) -> None:
     dtype = runtime.precision(device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     own_data, args, out = bool(args.data), check(args), Path(args.out)
-    runtime.lock(out)
 
     # ---- model
     model, state, first = inherit(args, dtype), None, 0
+    runtime.lock(out)
     if args.resume:
         state = runtime.load_resume(out / "resume.pt", args, FREE)
         if state["config"] != model.config:

@@ -139,7 +139,7 @@ def check_records(dataset: data.Records, skip_bad: bool = False,
         for index in map(place.get, runtime.spread(rest, SAMPLE)):
             size, _, _ = dataset.check(index)
             mean = mean or int(dataset.targets(index, size)[1].any(-1).sum()) / len(found)
-    told = [f"{len(found)} records checked"]
+    told = [f"{len(found) - len(bad)} records checked"]
     if labelled and regions:
         none = labelled.count(0) / len(labelled)
         told.append(f"of {dataset.patches} patches an image, {mean:.1f} are labelled; {none:.0%} of"

@@ -207,7 +207,7 @@ def opened(name: str, vision: str = "", llm: str = ""):
     if (vision or llm) and not projector:
         raise InputError(f"{name}: --vision and --llm are for LLaVA's mm_projector.bin; this names"
                          " its own backbones")
-    if not projector and not is_folder(name):
+    if not projector and (not is_folder(name) or (Path(name) / "ckpt.pt").is_file()):
         yield name
         return
     with tempfile.TemporaryDirectory(prefix="llava.") as temporary:

@@ -4,6 +4,7 @@ cases.jsonl has inputs of words and parsers; the rest needs files, a run or a si
 to readers of annotations is in test_annotate.py.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -377,8 +378,17 @@ def test_everything_that_a_step_would_refuse_is_listed_first(train, bad, tmp_pat
 def test_two_processes_share_the_check(ranks, bad, world, tmp_path):
     flags = ["--data", bad, "--image-dir", tmp_path / "images", "--batch-size", 4, "--steps", 1]
     done = ranks("pretrain.py", *flags, "--out", tmp_path / "out")
-    assert done.returncode and "bad.jsonl: 5 of 16 records cannot be used" in done.stderr
+    one_line(done, "bad.jsonl: 5 of 16 records cannot be used")  # of one of the two
     assert "step" not in done.stdout
+
+
+def test_a_run_stopped_by_a_broken_image_goes_on_without_it(train, bad, tmp_path):
+    usable = [r for i, r in enumerate(data.read_records(bad)) if i not in (3, 5, 7, 11, 13)]
+    flags = ["--data", written(bad, usable), "--image-dir", tmp_path / "images", "--steps", 11]
+    flags += ["--batch-size", 1]
+    one_line(train(*flags), "train_00009", "truncated", "pass over it with --skip-bad")
+    done = train(*flags, "--skip-bad", "--resume")
+    assert done.returncode == 0 and "were skipped: train_00009" in done.stdout, done.stderr
 
 
 # ---- a run that is stopped -----------------------------------------------------------------------
@@ -489,21 +499,31 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(train, tmp_path, worl
     one_line(done, "resume.pt: cannot be written")
     left = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     assert left["ckpt.pt"] == before["ckpt.pt"] and set(left) <= set(before)
+    with pytest.raises(InputError, match="part: cannot be written .*; it is kept"):
+        with runtime.writing(tmp_path / "part", "it is kept"):
+            raise OSError(errno.ENOSPC, "full")
 
 
-def test_two_runs_do_not_share_a_folder(train, tmp_path, world):
+def test_two_runs_do_not_share_a_place(train, here, tmp_path, world):
     """The second is refused while the first lives; what a killed one leaves stops nobody."""
-    out = tmp_path / "out"
-    code = f"import runtime, time; runtime.lock(__import__('pathlib').Path({str(out)!r})); " + (
-        "print('there', flush=True); time.sleep(99)"
-    )
+    out, records = tmp_path / "out", tmp_path / "photos.jsonl"
+    assert train("--data", world / "train.jsonl", "--steps", 0).returncode == 0
+    captions = ["eval.py", out / "ckpt.pt", "--data", world / "test.jsonl"]
+    annotate = ["annotate.py", "--from", "llava", "--data", world / "train.jsonl"]
+    annotate += ["--image-dir", world / "images", "--out", records]
+    places = [out, out / "eval.json", records]
+    code = f"import runtime, time, pathlib; [runtime.lock(pathlib.Path(p)) for p in {places}]; "
+    code = code.replace("PosixPath", "str") + "print('there', flush=True); time.sleep(99)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     first.stdout.readline()
     one_line(train("--data", world / "train.jsonl"), f"--out {out}: another process")
+    one_line(here(*captions), f"--out {out / 'eval.json'}: another process")
+    one_line(here(*annotate), f"--out {records}: another process")
     first.kill()
     first.wait()
     assert (out / ".lock").exists() and train("--data", world / "train.jsonl").returncode == 0
-    assert not (out / ".lock").exists()
+    assert here(*captions).returncode == 0 and here(*annotate).returncode == 0
+    assert not list(tmp_path.rglob(".*.lock")) and not (out / ".lock").exists()
 
 
 def test_a_folder_that_disagrees_with_its_weights_names_the_first_tensor(train, tmp_path, world):
