@@ -371,9 +371,9 @@ def test_flag_files(tmp_path, capfd):
         (["--batch-size", "7"], "--batch-size 7 is not a positive multiple of the 2 processes"),
     ],
 )
-def test_a_dry_run_refuses_in_one_line(flags, message, monkeypatch, capfd):
+def test_a_dry_run_refuses_in_one_line(flags, message, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("sys.argv", ["pretrain.py", *flags, "--dry-run"])
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *flags, "--dry-run", "--out", str(tmp_path)])
     monkeypatch.setattr("toy.ensure_once", lambda: pytest.fail("a dry run made the toy world"))
     with pytest.raises(SystemExit) as stopped:
         runtime.run(pretrain.main, pretrain.Args, pretrain.__doc__)
