@@ -11,6 +11,7 @@
 
 Answers are greedy. What cannot be read as an answer counts as wrong, and is counted: unread. Each
 score has a 95% interval: percentiles of a bootstrap that draws images, with all their records.
+--blind says beside each what the same model scores without seeing.
 Checkpoints are compared on the same draws.
 
 reads:  checkpoints; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
@@ -31,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import regex
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -56,6 +58,8 @@ class Args:
     """what predicted boxes are relative to (LLaVA: square)"""
     vqa_official: bool = False
     """VQA as the official script: equal answers are compared as they are"""
+    blind: bool = False
+    """answer with grey images too: what needs no looking"""
     limit: int = 0
     """records of each file, spread evenly over it; 0: all"""
     out: str = ""
@@ -499,8 +503,11 @@ def answerable(path, items, toy):
 # ---- answers and scores --------------------------------------------------------------------------
 
 
-def predict(model, items, batch_size, max_new_tokens):
-    """Greedy answers to the items, in their order. A batch holds prompts of about one length."""
+def predict(model, items, batch_size, max_new_tokens, blind=False):
+    """Greedy answers to the items, in their order. A batch holds prompts of about one length.
+
+    blind: with a grey image in the place of each.
+    """
     patches, prompt = model.patches, model.config["prompt"]
     prompts = [data.tokenize_prompt(item["conversations"], model.tokenizer, prompt,
                                     patches if item["image"] else 0, item["where"])
@@ -510,6 +517,7 @@ def predict(model, items, batch_size, max_new_tokens):
     for batch in tqdm(runtime.split(order, batch_size), desc="answers", leave=False):
         images = [data.open_image(items[i]["image"], items[i]["where"])
                   for i in batch if items[i]["image"]]
+        images = [Image.new("RGB", image.size, "grey") if blind else image for image in images]
         pixels = [transform_image(image, *model.image_form) for image in images]
         pixels = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
         texts = model.generate([prompts[i] for i in batch], pixels, max_new_tokens)
@@ -585,21 +593,23 @@ def evaluate(path, items, args, device):
     model, checkpoint = load_checkpoint(path, device, dtype)
     model.eval()
     predictions = predict(model, items, args.batch_size, args.max_new_tokens)
+    blind = args.blind and predict(model, items, args.batch_size, args.max_new_tokens, blind=True)
     groups, lines, scores, samples, notes = {}, [None] * len(items), {}, {}, []
     for i, item in enumerate(items):
         groups.setdefault((item["file"], item["task"]), []).append(i)
     for (file, task), group in groups.items():
-        members, said = [items[i] for i in group], [predictions[i] for i in group]
-        statistics, metrics, parsed = measure(
-            task, members, said, model.config["geometry"], args.box_frame, model.aspect,
-            args.vqa_official)
+        members = [items[i] for i in group]
+        how = model.config["geometry"], args.box_frame, model.aspect, args.vqa_official
+        statistics, metrics, parsed = measure(task, members, [predictions[i] for i in group], *how)
+        unseen = measure(task, members, [blind[i] for i in group], *how)[0] if blind else None
         images = len({item["unit"] for item in members})
         if task == "caption" and images < FEW:
             notes.append(f"{file}: captions of {images} images; CIDEr weighs words by their rarity"
                          f" among the references, so with fewer than {FEW} it says little")
         for i, score, readable in zip(group, statistics[:, 0].tolist(), parsed):
             lines[i] = {key: items[i][key] for key in ("id", "file", "task", "kind")} | dict(
-                prediction=predictions[i], answer=items[i]["answer"], score=score, parsed=readable)
+                image=items[i]["unit"], prediction=predictions[i], answer=items[i]["answer"],
+                score=score, parsed=readable)
         for kind in [None, *sorted({item["kind"] for item in members} - {None})]:
             rows = [n for n, item in enumerate(members) if kind in (None, item["kind"])]
             units = [members[n]["unit"] for n in rows]
@@ -609,6 +619,8 @@ def evaluate(path, items, args, device):
                 value = round(float(score(statistics[rows].sum(0))), 10)
                 samples[key] = score(sums)
                 scores[key] = {"value": value, **interval(samples[key]), "n": len(rows)}
+                if blind:
+                    scores[key]["blind"] = round(float(score(unseen[rows].sum(0))), 10)
     records = Counter(line["file"] for line in lines)
     unread = {file: sum(not line["parsed"] for line in lines if line["file"] == file)
               for file in records}
@@ -646,7 +658,8 @@ def report(names, results):
         differences = [result["versus"]["scores"].get(key) for result in results[1:]]
         rows.append([
             key, next(score["n"] for score in found if score),
-            *(s and f"{s['value']:.3f} [{s['low']:.2f}, {s['high']:.2f}]" for s in found),
+            *(s and f"{s['value']:.3f} [{s['low']:.2f}, {s['high']:.2f}]"
+              + (f" (blind {s['blind']:.3f})" if "blind" in s else "") for s in found),
             *(d and f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
               for d in differences)])
     counts = [f"{sum(r['unread'].values())} of {sum(r['records'].values())}" for r in results]

@@ -64,8 +64,9 @@ class Args:
     # --- loss
     patch_loss: str = field(default="softmax", metadata={"choices": ["softmax", "cosine"]})
     """over the vocabulary, or the plain pull"""
-    patch_schedule: str = field(default="constant", metadata={"choices": ["constant", "decay"]})
-    """of the weight; decay: linearly to 0"""
+    patch_schedule: str = field(default="constant",
+                                metadata={"choices": ["constant", "decay", "first"]})
+    """of the weight; decay: linearly to 0; first: for a third of the steps"""
     tau: float = 0.07
     """temperature of the softmax patch loss"""
     coverage: float = 0.25
@@ -105,6 +106,8 @@ class Args:
     """auto: bfloat16 on a GPU that has it"""
     save_every: int = 200
     """steps between writes of resume.pt"""
+    keep_every: int = 0
+    """steps between checkpoints to keep; 0: none"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     dry_run: bool = False
@@ -115,13 +118,13 @@ WARMUP, CLIP = 0.03, 1.0        # share of the steps with rising rate; largest n
 CONFIG = ("vision", "llm", "projector", "pool", "image_size", "geometry", "feature_layer", "prompt",
           "coverage", "tau", "patch_weight", "patch_loss", "centre_words", "stop_words")
 FREE = {"out", "resume", "micro_batch", "workers", "cache_features", "save_every", "log_every",
-        "val_every", "skip_bad"}                                               # change no result
+        "val_every", "skip_bad", "keep_every"}                                 # change no result
 
 
 def check(args: Args) -> Args:
     """Fill in what depends on the data; refuse what makes no sense."""
     runtime.check_lowest(args, steps=-1, batch_size=0, micro_batch=0, patch_weight=0, save_every=1,
-                         pool=1, log_every=1, val_every=0, seed=0)
+                         keep_every=0, pool=1, log_every=1, val_every=0, seed=0)
     for name in ("tau", "coverage", "lr"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)} is not above 0")
@@ -241,6 +244,11 @@ def main(args: Args) -> None:
         runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(),
                             optimizer=optimizer.state_dict())
 
+    def save(path: Path, metrics: dict) -> None:
+        if rank == 0:
+            with runtime.atomic(path) as temporary:
+                save_checkpoint(temporary, model, "pretrain", metrics)
+
     # ---- loop
     means = dict(val_caption_loss=("caption_loss", "caption_tokens"),
                  val_patch_loss=("patch_loss", "patches"))
@@ -255,6 +263,8 @@ def main(args: Args) -> None:
             weight = args.patch_weight
             if args.patch_schedule == "decay":
                 weight = weight * (1 - step / steps)
+            elif args.patch_schedule == "first":
+                weight = weight * (step < steps / 3)
 
             # Losses are sums, divided by the true counts of the global batch. The labels tell the
             # counts before the first forward pass. Nothing that lies on a GPU is read but in logged
@@ -294,15 +304,16 @@ def main(args: Args) -> None:
                 runtime.log(f"step {done}: {runtime.shown(result)}")
             if guard.due() or done % args.save_every == 0 or done == steps:
                 guard.save(done)
+            if args.keep_every and done % args.keep_every == 0 and done < steps:
+                guard.check_whole()
+                save(out / f"ckpt-{done}.pt", dict(steps=done))
 
     # ---- save
     dataset.flush()
     guard.tell_skipped()
     if validation and not result:
         result = guard.refuse(steps, validation(model, means, autocast))
-    if rank == 0:
-        with runtime.atomic(out / "ckpt.pt") as path:
-            save_checkpoint(path, model, "pretrain", dict(result, steps=steps))
+    save(out / "ckpt.pt", dict(result, steps=steps))
     source = args.val_data or ("..." if args.skip_bad else args.data)   # probe.py takes no bad one
     source = ["--data", source, "--image-dir", args.image_dir] * own_data
     runtime.finished(out / "ckpt.pt", ["python", "probe.py", out / "ckpt.pt", *source])

@@ -6,7 +6,9 @@ language model's word embeddings W (symbols: model.py). Each measure is compared
     compression     How varied are the patches? Von Neumann entropy in nats; exp of it is the
                     effective rank, a number of directions. Compare H with Z: lower is compression.
                     "Centred" leaves out the mean patch. If "H centred" is near zero, all patches
-                    are alike, and that is collapse.
+                    are alike, and that is collapse. Pooled entropy is the mean per image plus what
+                    lies between images. The energy of unit patches says the same of variances: the
+                    shares of the one direction of all, of the images, of patches within an image.
     alignment       Does a patch resemble the words that name what it shows? Mean cosine of the two;
                     recall@k, the share of its words among the k nearest of the whole vocabulary.
                     Compare with chance: the same patches, each with the words of another patch,
@@ -117,6 +119,14 @@ def entropies(x, device):
     rest = pooled - mean.to(pooled)
     rest *= rest.norm(dim=-1, keepdim=True) > 1e-5 * mean.norm()    # else it is rounding noise
     return sum(images) / len(images), von_neumann_entropy(pooled), von_neumann_entropy(rest)
+
+
+def energy_shares(x):
+    """x (N, P, D) -> the energy of its unit rows, 1, divided up: |mean of all|^2, the variance of
+    the images' means, the mean variance within an image."""
+    means = torch.stack([unit(image.double()).mean(0) for image in x])                      # (N, D)
+    shared, images = means.mean(0).square().sum().item(), means.square().sum(1).mean().item()
+    return {"shared": shared, "between": images - shared, "within": 1 - images}
 
 
 # ---- alignment -----------------------------------------------------------------------------------
@@ -302,6 +312,7 @@ def analyse(model, z, h, words, args):
         return {k: curve[min(int(k), len(curve)) - 1] for k in ("1", "5", "10")}
 
     result = {"entropy": dict(zip(ENTROPIES, scores)),
+              "energy": {"encoder": energy_shares(z), "projected": energy_shares(h)},
               "effective_rank": dict(zip(ENTROPIES, map(math.exp, scores))),
               "align": alignment(patches, w, own), "chance": alignment(patches, w, others),
               "recall": recall(own), "recall_chance": recall(others)}
@@ -429,6 +440,8 @@ def scores(r):
     words, p = r["anisotropy"], r["pursuit"]
     rows = [(f"entropy, {title}", r["entropy"][key], "rank", r["effective_rank"][key])
             for key, title in ENTROPIES.items()]
+    rows[4:4] = [(f"between images, {t}", r["entropy"][f"{key}_pooled"] - r["entropy"][key], "of",
+                  r["entropy"][f"{key}_pooled"]) for key, t in list(ENTROPIES.items())[:2]]
     rows += [("two random words, cosine", words["vocabulary"], "whole words", words["whole_words"]),
              ("alignment", r["align"], "chance", r["chance"])]
     rows += [(f"recall@{k}", r["recall"][k], "chance", r["recall_chance"][k]) for k in r["recall"]]
@@ -438,6 +451,9 @@ def scores(r):
                  for k in (1, 2, 4, 8, 16) if k <= len(p[score])]
     column = {title: None if score is None else f"{score:.3f} ({note} {other:.3f})"
               for title, score, note, other in rows}
+    for key, title in list(ENTROPIES.items())[:2]:
+        parts = r["energy"][key].values()
+        column[f"energy of {title}: shared, between, within"] = ", ".join(f"{v:.3f}" for v in parts)
     column["pursuit dictionary"] = f"{p['dictionary']} {('tokens', 'words')[p['whole_words']]}"
     labelled = f"({r['labelled']} of {r['patches']} labelled)"
     return column | {"words per patch": f"{r['words_per_patch']:.2f} {labelled}"}

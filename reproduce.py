@@ -366,6 +366,9 @@ def evaluated(file: Path, part: str, step: int = 0) -> dict[Row, float]:
         if name in METRICS and name != ("accuracy" if stem.endswith("instruct") else "exact"):
             label = ", ".join([METRICS[name] + f" ({frame}" * bool(frame), *kind, stem])
             found[Row(part, label, key, metric, "".join(kind), step)] = score["value"]
+            if "blind" in score and not step:
+                blind = Row(part, f"{label}, blind", f"{key}/blind", metric, "blind")
+                found[blind] = score["blind"]
     order = list(METRICS)
     return dict(sorted(found.items(), key=lambda i: order.index(i[0].metric.partition(" (")[0])))
 

@@ -661,3 +661,22 @@ def test_real_checkpoints(here, world, sft, tmp_path):
         "text/choice",
     } <= result["scores"].keys()
     assert len((tmp_path / "sft" / "predictions.jsonl").read_text().splitlines()) == 12
+
+
+def test_blind_is_the_score_on_grey_images(here, world, sft, tmp_path):
+    for image in (world / "images").glob("test*"):
+        (tmp_path / "grey").mkdir(exist_ok=True)
+        with Image.open(image) as seen:
+            Image.new("RGB", seen.size, "grey").save(tmp_path / "grey" / image.name)
+    scores = []
+    for images, flags in ((world / "images", ["--blind"]), (tmp_path / "grey", [])):
+        done = here(
+            *["eval.py", sft[0], "--data", world / "test.jsonl", world / "test_refer.jsonl"],
+            *["--image-dir", images, "--max-new-tokens", 8, "--out", tmp_path, *flags],
+        )
+        assert done.returncode == 0 and ("(blind " in done.stdout) == bool(flags), done.stderr
+        scores.append(json.loads((tmp_path / "eval.json").read_text())["scores"])
+    assert {k: s["blind"] for k, s in scores[0].items()} == {
+        k: s["value"] for k, s in scores[1].items()
+    }
+    assert scores[0]["test/CIDEr"]["blind"] != scores[0]["test/CIDEr"]["value"]

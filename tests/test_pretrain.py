@@ -142,6 +142,20 @@ def test_the_weight_decays_on_request(here, flags, straight, tmp_path):
     assert log(tmp_path, "grad_norm")[6] < 0.9 * log(straight, "grad_norm")[6]
 
 
+def test_the_weight_ends_after_a_third_and_checkpoints_are_kept(here, flags, straight, tmp_path):
+    """--patch-schedule first: two of six updates have the patch loss. --keep-every 2: what a run
+    of two steps with a constant weight and the same rate has after its second."""
+    first = [*flags, "--patch-schedule", "first", "--keep-every", 2, "--out", tmp_path / "a"]
+    assert here("pretrain.py", *first).returncode == 0
+    steps, base = log(tmp_path / "a"), log(straight)
+    assert [steps[i] == base[i] for i in (1, 2, 3)] == [True] * 3 and steps[4] != base[4]
+    kept = sorted(f.name for f in (tmp_path / "a").glob("ckpt*"))
+    assert kept == ["ckpt-2.pt", "ckpt-4.pt", "ckpt.pt"]
+    early, late = (read_checkpoint(tmp_path / "a" / name) for name in kept[:2])
+    assert early["metrics"] == {"steps": 2} and early["stage"] == "pretrain"
+    assert any((early["model"][n] != t).any() for n, t in late["model"].items())
+
+
 def test_the_stages_chain(run, straight, world, tmp_path):
     """The probe reads what pretraining wrote, from another folder and without a model flag, and
     finds it above chance."""

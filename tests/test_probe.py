@@ -63,6 +63,15 @@ def test_entropies_per_image_pooled_and_without_the_mean():
     assert centred < math.log(2) < pooled  # the centred rows lie in a plane
 
 
+def test_energy_is_divided_between_one_direction_images_and_patches():
+    first, second, third = torch.eye(3)
+    x = torch.stack([torch.stack([first, 2 * first]), torch.stack([second, third])])  # (2, 2, 3)
+    shares = probe.energy_shares(x)  # means: (1, 0, 0), (0, .5, .5); of all: (.5, .25, .25)
+    assert shares == pytest.approx({"shared": 0.375, "between": 0.375, "within": 0.25})
+    mean, pooled, _ = probe.entropies(x, "cpu")
+    assert pooled - mean == pytest.approx(math.log(2))  # of two images that share no direction
+
+
 def test_collapse_does_not_pass_for_diversity_once_the_mean_is_removed():
     x = random(1, 16, dtype=torch.float32) + 1e-8 * random(100, 16, dtype=torch.float32)
     assert max(probe.entropies(x.view(10, 10, 16), "cpu")) < 1e-6
@@ -351,6 +360,7 @@ def test_main_writes_the_agreed_keys_the_picture_and_the_table(tmp_path, monkeyp
         "encoder_centred",
         "projected_centred",
     }
+    assert sum(first["energy"]["projected"].values()) == pytest.approx(1)
     assert first["effective_rank"]["projected"] == math.exp(first["entropy"]["projected"])
     assert set(first["recall"]) == {"1", "5", "10"}
     assert first["recall"]["1"] == 0.5  # "box" has no token; one box is red
