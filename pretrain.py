@@ -66,7 +66,7 @@ class Args:
     """over the vocabulary, or the plain pull"""
     patch_schedule: str = field(default="constant",
                                 metadata={"choices": ["constant", "decay", "first"]})
-    """of the weight; decay: linearly to 0; first: for a third of the steps"""
+    """decay: linearly to 0; first: a third of the steps"""
     tau: float = 0.07
     """temperature of the softmax patch loss"""
     coverage: float = 0.25
