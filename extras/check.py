@@ -46,7 +46,7 @@ def examine(dataset: data.Records, index: int, closely: bool) -> dict:
         if size is not None:
             out = [b is not None and (min(b[:2]) < -1 or b[2] > size[0] + 1 or b[3] > size[1] + 1)
                    for b in bounds]             # up to one pixel is rounding
-            found |= dict(turned=int(turn > 1), clipped=sum(out), regions=len(bounds))
+            found |= dict(turned=int(turn > 1), clipped=int(sum(out)), regions=len(bounds))
             if closely:
                 found["labelled"] = int(dataset.targets(index, size)[1].any(-1).sum())
     except InputError as error:
@@ -102,7 +102,7 @@ def check_records(dataset: data.Records, skip_bad: bool = False,
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # or it warns of every fork
-    loader = DataLoader(Examined(dataset, chunks, set(sample)), batch_size=None,
+    loader = DataLoader(Examined(dataset, chunks, set(sample)), batch_size=None, collate_fn=list,
                         num_workers=cores if len(numbers) > ALONE and cores > 1 else 0)
     found = []
     with tqdm(total=sum(map(len, chunks)), desc="check records", disable=runtime.rank() > 0,

@@ -8,6 +8,7 @@ import errno
 import importlib
 import json
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -373,6 +374,17 @@ def test_everything_that_a_step_would_refuse_is_listed_first(train, bad, tmp_pat
         done.stdout
     )
     one_line(train(*flags, "--max-length", 64), "cuts off the image")
+
+
+def test_what_is_found_is_plain(world, tmp_path):
+    """A tensor or an array in it would cost a file descriptor for each record, until none is left."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "backbones" / "toy-llama")
+    records = data.read_records(boxed(world, tmp_path, lambda box: [-9, *box[1:]], count=4))
+    form = dict(image_size=96, geometry="crop", grid=(2, 2), mean=[0] * 3, std=[1] * 3)
+    dataset = data.Records(records, world / "images", tokenizer, **form)
+    found = [check.examine(dataset, i, closely=True) for i in range(4)]
+    assert [one["clipped"] for one in found] == [1] * 4 and found[0]["labelled"] > 0
+    assert not {b"torch", b"numpy"} & set(re.findall(rb"torch|numpy", pickle.dumps(found)))
 
 
 def test_two_processes_share_the_check(ranks, bad, world, tmp_path):
