@@ -377,7 +377,7 @@ def test_everything_that_a_step_would_refuse_is_listed_first(train, bad, tmp_pat
 
 
 def test_what_is_found_is_plain(world, tmp_path):
-    """A tensor or an array in it would cost a file descriptor for each record, until none is left."""
+    """A tensor or an array in it would cost a file descriptor each, until none is left."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "backbones" / "toy-llama")
     records = data.read_records(boxed(world, tmp_path, lambda box: [-9, *box[1:]], count=4))
     form = dict(image_size=96, geometry="crop", grid=(2, 2), mean=[0] * 3, std=[1] * 3)
