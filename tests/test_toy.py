@@ -414,7 +414,7 @@ def test_backbones_are_made_from_scratch(tmp_path, monkeypatch):
     """All parts run, and what they write makes a model."""
     monkeypatch.setattr(made, "VISION", tmp_path / "toy-clip")
     monkeypatch.setattr(made, "LLM", tmp_path / "toy-llama")
-    small = dict(tokenizer=600, images=128, vision=2, drills=2, texts=2)
+    small = dict(tokenizer=600, images=128, vision=2, drills=2, texts=2, places=2)
     small |= {"unseen images": 256, "unseen texts": 80}
     for name, budget in small.items():
         monkeypatch.setitem(train.BUDGET, name, budget)

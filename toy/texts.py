@@ -89,6 +89,17 @@ def grid(scene: Scene, masks: list, rng) -> str:
     return " ".join(str(rng.choice(words)) for words in cells)
 
 
+def shortened(text: Text, rng, most: int = 10) -> Text:
+    """At most so many of the turns that stand apart, up to six of them about places: where things
+    are takes the longest to learn, and a short text a third of the time."""
+    if text.apart and len(text.turns) > most:
+        order = rng.permutation(len(text.turns)).tolist()
+        spatial = [i for i in order if text.turns[i][0].removeprefix("grid ") in SPATIAL][:6]
+        rest = [i for i in order if text.turns[i][0].removeprefix("grid ") not in SPATIAL]
+        text.turns = [text.turns[i] for i in sorted(spatial + rest[: most - len(spatial)])]
+    return text
+
+
 def beside(turns: list[tuple[str, str]], opening: str = " ") -> tuple[str, str]:
     """Turns of one request: what is asked, up to where the last answer begins, and that answer."""
     *earlier, (request, answer) = turns
