@@ -608,8 +608,7 @@ def evaluate(path, items, args, device):
                          f" among the references, so with fewer than {FEW} it says little")
         for i, score, readable in zip(group, statistics[:, 0].tolist(), parsed):
             lines[i] = {key: items[i][key] for key in ("id", "file", "task", "kind")} | dict(
-                image=items[i]["unit"], prediction=predictions[i], answer=items[i]["answer"],
-                score=score, parsed=readable)
+                prediction=predictions[i], answer=items[i]["answer"], score=score, parsed=readable)
         for kind in [None, *sorted({item["kind"] for item in members} - {None})]:
             rows = [n for n, item in enumerate(members) if kind in (None, item["kind"])]
             units = [members[n]["unit"] for n in rows]

@@ -13,6 +13,7 @@ prints: a table in markdown
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,11 @@ def read(file: Path) -> dict[str, dict[str, list[float]]]:
     """{file/metric/kind: {image: scores}} of one predictions.jsonl."""
     found: dict[str, dict[str, list[float]]] = {}
     for line in map(json.loads, file.read_text().splitlines()):
+        image = re.sub(r"_[a-z]{5,}\d*$", "", line["id"])  # 12_refer0 -> 12
         for name, score in METRICS[line["task"]].items():
             for kind in {None, line["kind"]}:
                 key = f"{line['file']}/{name}" + (f"/{kind}" if kind else "")
-                found.setdefault(key, {}).setdefault(line["image"], []).append(score(line["score"]))
+                found.setdefault(key, {}).setdefault(image, []).append(score(line["score"]))
     return found
 
 
