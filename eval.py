@@ -11,8 +11,8 @@
 
 Answers are greedy. What cannot be read as an answer counts as wrong, and is counted: unread. Each
 score has a 95% interval: percentiles of a bootstrap that draws images, with all their records.
---blind says beside each what the same model scores without seeing.
-Checkpoints are compared on the same draws.
+Checkpoints are compared on the same draws. --blind says beside each score what the same model gets
+without seeing.
 
 reads:  checkpoints; LLaVA records with "task", "answer" and optional "kind", a sub-group. The model
         answers the last request, earlier turns are context. Without "answer", what the record

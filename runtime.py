@@ -135,33 +135,34 @@ def run(main, cls, doc: str) -> None:
             raise
         message = f"{error.filename or 'writing'}: {error.strerror}" if system else str(error)
         message = message.strip().splitlines()[-1]      # a loader's worker has a traceback in front
-        say("error: " + message.removeprefix("runtime.InputError: "), first_to_fail())
+        if first_to_fail():
+            say("error: " + message.removeprefix("runtime.InputError: "))
         sys.exit(2)
     except KeyboardInterrupt:
-        say("error: stopped by Ctrl-C", rank() == 0)
+        if rank() == 0:
+            say("error: stopped by Ctrl-C")
         sys.exit(130)
-    except RuntimeError:                                # or the process that it waited for has gone
-        if first_to_fail():
+    except RuntimeError:
+        if not dist.is_initialized() or first_to_fail():
             raise
-        sys.exit(2)
+        sys.exit(2)                                     # the process that it waited for has gone
     finally:
         unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def say(message: str, whether: bool) -> None:
+def say(message: str) -> None:
     """A line on stderr, above any progress bar."""
-    if whether:
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        tqdm.write(message, file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)
 
 
 def first_to_fail() -> bool:
     """Whether no other process has failed before this one and said why."""
-    if not dist.is_initialized():
-        return rank() == 0                              # what is wrong with flags, all see
+    if not dist.is_initialized():                       # what is wrong with flags, all see
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except RuntimeError:                                # the store has gone
