@@ -8,7 +8,8 @@
     python pretrain.py @presets/llava-1.5-7b.pretrain.txt --dry-run    # what it would take
 
 reads:  records with regions (data.py), two backbones (Hugging Face folders or hub names)
-writes: OUT/ckpt.pt (the projector), OUT/metrics.jsonl (a line per logged step), OUT/resume.pt
+writes: OUT/ckpt.pt (the projector), OUT/metrics.jsonl (a line per logged step), OUT/resume.pt;
+        with --keep-every N also OUT/ckpt-0.pt, OUT/ckpt-N.pt, OUT/ckpt-2N.pt, ...
 """
 import dataclasses
 from dataclasses import dataclass, field
@@ -257,6 +258,8 @@ def main(args: Args) -> None:
     progress = tqdm(range(first, steps), desc="pretrain", initial=first, total=steps,
                     disable=rank > 0, mininterval=1)
     with guard:
+        if args.keep_every and first == 0:
+            save(out / "ckpt-0.pt", dict(steps=0))
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * runtime.cosine(step, steps, int(WARMUP * steps))

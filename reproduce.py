@@ -10,11 +10,11 @@
            --probe-flags "--data test.jsonl" --caption-eval-flags "--data captions.jsonl" \\
            --sft-flags "--data talk.jsonl" --eval-flags "--data refer.jsonl vqa.jsonl"
 
-A cell is one variant (caption-only, patch-aligned, patch-aligned-cosine) with one seed, or one
-ablation with seed 0. Each goes through
+A cell is one variant (caption-only or patch-aligned) with one seed, or one ablation with seed 0.
+Each goes through
 
-    pretrain.py, probe.py, eval.py (captions), sft.py, probe.py, eval.py, and eval.py on checkpoints
-    kept along the fine-tuning
+    pretrain.py, probe.py, eval.py (captions), sft.py, probe.py, eval.py, and for the curves
+    probe.py and eval.py on checkpoints kept along the pretraining and the fine-tuning
 
 by the command lines that a user types. A stage whose output is there is not run again; to have it
 run again, delete the cell's folder.
@@ -45,7 +45,7 @@ import runtime
 from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent                          # where the stages' scripts are
-BASE, ALIGNED, COSINE = VARIANTS = ("caption-only", "patch-aligned", "patch-aligned-cosine")
+BASE, ALIGNED = VARIANTS = ("caption-only", "patch-aligned")
 LINEAR = "linear-caption-only"  # the linear projector's own baseline
 ABLATIONS = {                                                   # flags of pretrain.py
     "tau-0.03": "--tau 0.03", "tau-0.2": "--tau 0.2",
@@ -53,8 +53,8 @@ ABLATIONS = {                                                   # flags of pretr
     "decay": "--patch-schedule decay", "coverage-0.1": "--coverage 0.1",
     "coverage-0.5": "--coverage 0.5", LINEAR: "--projector linear --patch-weight 0",
     "linear": "--projector linear", "centre-words": "--centre-words"}
-CELLS = {BASE: "--patch-weight 0", ALIGNED: "", COSINE: "--patch-loss cosine"} | ABLATIONS
-CURVE_LIMIT = 300               # records of each file at a point of the curve
+CELLS = {BASE: "--patch-weight 0", ALIGNED: ""} | ABLATIONS
+CURVE_LIMIT = 300               # records of each file at a point of the fine-tuning's curve
 
 # ---- Args ----------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Args:
     eval_flags: str = ""
     """of eval.py after the fine-tuning and along it"""
     keep_every: int = -1
-    """steps between points of the curve; 0: no curve; -1: 100 (own data: 0)"""
+    """steps between points of the curves; 0: no curves; -1: 100 (own data: 0)"""
 
 
 QUICK = {"pretrain": "--steps 100", "probe": "--images 60", "caption_eval": "--limit 60",
@@ -152,13 +152,19 @@ def cells(args: Args) -> list[tuple[str, int]]:
     return compared + [(name, 0) for name in ABLATIONS] * args.ablations
 
 
-def last_step(tuned: Path) -> int:
-    """The number of fine-tuning steps that a cell has behind it."""
-    return json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+def last_step(folder: Path) -> int:
+    """The number of steps that a training has behind it."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Of the checkpoints kept along a training, also of those that are measured and deleted."""
+    return sorted({int(path.stem[5:])
+                   for path in [*folder.glob("ckpt-*.pt"), *folder.glob("step-*")]})
 
 
 def stages(name: str, seed: int, args: Args) -> list[Stage]:
-    """A cell's stages in order, those for the curve as far as sft.py has left checkpoints."""
+    """A cell's stages in order, those for the curves as far as training has left checkpoints."""
     folder = Path(args.out) / f"{name}-{seed}"
     first, tuned, own = folder / "pretrain", folder / "sft", shlex.split(CELLS[name])
 
@@ -170,12 +176,17 @@ def stages(name: str, seed: int, args: Args) -> list[Stage]:
         return stage(f"step-{step}", out / "eval.json", "eval.py", checkpoint, "--limit",
                      CURVE_LIMIT, *flags(args, "eval"), "--out", out, spent=spent)
 
+    def measured(step):
+        checkpoint, out = first / f"ckpt-{step}.pt", first / f"step-{step}"
+        return stage(f"pretrain-{step}", out / "probe.json", "probe.py", checkpoint, *probe,
+                     "--show", 0, "--out", out, spent=checkpoint)
+
     probe = [*flags(args, "probe"), *["--coverage", "0.25"] * ("--coverage" in own)]   # one for all
     keep = args.keep_every * (name in VARIANTS)
     kept = ["--keep-every", keep] if keep else []
     chain = [
         stage("pretrain", first / "ckpt.pt", "pretrain.py", *flags(args, "pretrain"), *own,
-              "--seed", seed, "--out", first, spent=first / "resume.pt"),
+              "--seed", seed, *kept, "--out", first, spent=first / "resume.pt"),
         stage("probe", first / "probe.json", "probe.py", first / "ckpt.pt", *probe),
         stage("captions", first / "eval.json", "eval.py", first / "ckpt.pt",
               *flags(args, "caption_eval")),
@@ -184,10 +195,11 @@ def stages(name: str, seed: int, args: Args) -> list[Stage]:
         stage("sft-probe", tuned / "probe.json", "probe.py", tuned / "ckpt.pt", *probe),
         stage("eval", tuned / "eval.json", "eval.py", tuned / "ckpt.pt", *flags(args, "eval"))]
     last = last_step(tuned) if keep and (tuned / "ckpt.pt").exists() else 0
-    steps = {int(path.stem[5:]) for path in [*tuned.glob("ckpt-*.pt"), *tuned.glob("step-*")]}
-    for step in sorted(steps - {last}):
-        checkpoint = tuned / f"ckpt-{step}.pt"
-        chain.append(point(step, checkpoint, checkpoint))
+    chain += [measured(step) for step in kept_steps(first)]
+    for step in kept_steps(tuned):
+        if step != last:
+            checkpoint = tuned / f"ckpt-{step}.pt"
+            chain.append(point(step, checkpoint, checkpoint))
     return chain + [point(last, tuned / "ckpt.pt")] * (last > 0)
 
 
@@ -323,7 +335,8 @@ def change(base: dict[int, float], other: dict[int, float]) -> dict | None:
 
 # ---- scores --------------------------------------------------------------------------------------
 
-BEFORE, AFTER, ALONG = "after pretraining", "after the same fine-tuning", "along the fine-tuning"
+BEFORE, AFTER = "after pretraining", "after the same fine-tuning"
+PRETRAINING, ALONG = "along the pretraining", "along the fine-tuning"
 LOSSES = {"val_caption_loss": "caption loss, validation, nats per token",
           "val_loss": "loss, validation, nats per token"}
 PROBED = {
@@ -334,7 +347,12 @@ PROBED = {
     **{f"entropy/{key}{where}": f"entropy of {symbol}{text}"
        for where, text in (("", " per image, nats"), ("_pooled", ", pooled"),
                            ("_centred", ", pooled, centred"))
-       for key, symbol in (("encoder", "Z"), ("projected", "H"))}}
+       for key, symbol in (("encoder", "Z"), ("projected", "H"))},
+    **{f"energy/projected/{key}": f"energy of H, {text}" for key, text in (
+        ("shared", "of the mean of all"), ("between", "between images"),
+        ("within", "within images"))}}
+CURVED = {key: label for key, label in PROBED.items()
+          if key.startswith(("align", "recall/", "entropy/projected", "energy"))}
 METRICS = {"Acc@0.5": "grounding, Acc@0.5", "mIoU": "grounding, mean IoU",
            "accuracy": "question answering", "exact": "instruction following",
            "choice": "multiple choice", "CIDEr": "captions, CIDEr", "BLEU-4": "captions, BLEU-4",
@@ -373,6 +391,19 @@ def evaluated(file: Path, part: str, step: int = 0) -> dict[Row, float]:
     return dict(sorted(found.items(), key=lambda i: order.index(i[0].metric.partition(" (")[0])))
 
 
+def named(names: dict[str, str], source: dict, part: str, step: int = 0) -> dict[Row, float]:
+    """{key with a slash at each level: label} and a log or probe.json -> the scores that it has."""
+    found = {}
+    for key, label in names.items():
+        value = source
+        for name in key.split("/"):
+            own = dict(enumerate(value)) if isinstance(value, list) else value or {}
+            value = own.get(int(name) if isinstance(value, list) else name)
+        if value is not None:
+            found[Row(part, label, key, step=step)] = value
+    return found
+
+
 def scores(folder: Path) -> dict[Row, float]:
     """All that a cell's files say."""
     found = {}
@@ -382,16 +413,18 @@ def scores(folder: Path) -> dict[Row, float]:
             probe = json.loads((stage / "probe.json").read_text())
             for line in (stage / "metrics.jsonl").read_text().splitlines():
                 logged |= json.loads(line)                      # the last of each
-        for names, source in ((LOSSES, logged), (PROBED, probe)):
-            for key, label in names.items():
-                value = source
-                for name in key.split("/"):
-                    own = dict(enumerate(value)) if isinstance(value, list) else value or {}
-                    value = own.get(int(name) if isinstance(value, list) else name)
-                again = part == AFTER and key.startswith("entropy/encoder")     # Z stays as it was
-                if value is not None and not again:
-                    found[Row(part, label, key)] = value
+        again = part == AFTER                                   # Z stays as it was
+        found |= named(LOSSES, logged, part) | named(
+            {k: v for k, v in PROBED.items() if not (again and k.startswith("entropy/encoder"))},
+            probe, part)
         found |= evaluated(stage / "eval.json", part)
+    points = {step: folder / f"pretrain/step-{step}" for step in kept_steps(folder / "pretrain")}
+    if points and (folder / "pretrain/ckpt.pt").exists():
+        points[last_step(folder / "pretrain")] = folder / "pretrain"
+    for step, place in points.items():
+        if (place / "probe.json").exists():
+            found |= named(CURVED, json.loads((place / "probe.json").read_text()), PRETRAINING,
+                           step)
     points = {int(file.parent.name[5:]): file for file in folder.glob("sft/step-*/eval.json")}
     for step, file in sorted(points.items()):
         found |= evaluated(file, ALONG, step)
@@ -404,7 +437,7 @@ def summary(args: Args, plan: list[tuple[str, int]], command: str) -> dict:
     ran = [(stage, record(stage)) for stage in every if stage.output.exists()]
     minutes = {}
     for stage, row in ran:
-        name = "a point of the curve" if stage.name.startswith("step-") else stage.name
+        name = "a point of a curve" if stage.name.rpartition("-")[2].isdigit() else stage.name
         minutes.setdefault(name, []).append(row.get("seconds", 0) / 60)
     seen = {key: "; ".join(dict.fromkeys(v for _, row in ran for v in row.get(key, "").split("; ")))
             for key in ("hardware", "python", "torch", "transformers", "commit", "date")}
@@ -471,7 +504,7 @@ def shown_change(found: dict | None) -> str | None:
 def tables(results: dict) -> str:
     """The tables of results.md."""
     lines = []
-    for part in (BEFORE, AFTER, ALONG):
+    for part in (BEFORE, PRETRAINING, AFTER, ALONG):
         rows, variants = [r for r in results["rows"] if r["part"] == part], results["variants"]
         if not rows:
             continue
@@ -480,7 +513,7 @@ def tables(results: dict) -> str:
         table = [["", *variants, *(f"{v}: change" for v in others), *["the paper's"] * paper]]
         for row in rows:
             table.append([
-                row["label"] + f", {row['step']} steps" * bool(row["step"]),
+                row["label"] + f", {row['step']} steps" * (part in (PRETRAINING, ALONG)),
                 *(shown(row["scores"].get(v)) for v in variants),
                 *(shown_change(row["changes"].get(v)) for v in others),
                 *[f"{row['paper']:+d}%" if row["paper"] else None] * paper])

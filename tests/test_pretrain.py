@@ -150,8 +150,8 @@ def test_the_weight_ends_after_a_third_and_checkpoints_are_kept(here, flags, str
     steps, base = log(tmp_path / "a"), log(straight)
     assert [steps[i] == base[i] for i in (1, 2, 3)] == [True] * 3 and steps[4] != base[4]
     kept = sorted(f.name for f in (tmp_path / "a").glob("ckpt*"))
-    assert kept == ["ckpt-2.pt", "ckpt-4.pt", "ckpt.pt"]
-    early, late = (read_checkpoint(tmp_path / "a" / name) for name in kept[:2])
+    assert kept == ["ckpt-0.pt", "ckpt-2.pt", "ckpt-4.pt", "ckpt.pt"]
+    early, late = (read_checkpoint(tmp_path / "a" / name) for name in kept[1:3])
     assert early["metrics"] == {"steps": 2} and early["stage"] == "pretrain"
     assert any((early["model"][n] != t).any() for n, t in late["model"].items())
 
