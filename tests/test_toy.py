@@ -82,16 +82,38 @@ def test_questions_have_one_true_answer():
                 )
             elif kind == "relation":
                 a, b = (next(t for t in named if t.shape == w) for w in (words[2], words[-1]))
-                side = next(w for w in ("left", "right", "above", "below") if w in words)
-                assert (answer == "yes") == {
-                    "left": a.x < b.x,
-                    "right": a.x > b.x,
-                    "above": a.y < b.y,
-                    "below": a.y > b.y,
-                }[side]
+                assert (answer == "yes") == beyond(a, b, words)
+            elif kind == "order":
+                a, b = called(things, words[2:4]), called(things, words[-2:])
+                assert (answer == "yes") == beyond(a, b, words)
+            elif kind == "beside":
+                b = called(things, words[-2:])
+                assert [t.color for t in things if t is not b and beyond(t, b, words)] == [answer]
+                assert len(things) > 2
+            elif kind == "where":
+                place = question.split(" at the ")[1].rstrip("?")
+                assert [t.shape for t in things if t.place == place] == [answer]
+            elif kind == "larger":
+                a, b = called(things, words[4:6]), called(things, words[-2:])
+                assert answer == (a if a.radius > b.radius else b).shape and words[3] == "the"
             else:
                 assert kind == "background" and answer == scene.background
-    assert kinds == {"background", "color", "texture", "shape", "count", "existence", "relation"}
+    old = {"background", "color", "texture", "shape", "count", "existence", "relation"}
+    assert kinds == old | {"where", "beside", "order", "larger"}
+
+
+def called(things, words):
+    """The one thing of a colour and a shape."""
+    color, shape = (word.rstrip(",") for word in words)
+    (thing,) = [t for t in things if (t.color, t.shape) == (color, shape)]
+    return thing
+
+
+def beyond(a, b, words):
+    """Whether a lies on the side of b that is among the words."""
+    side = next(w for w in ("left", "right", "above", "below") if w in words)
+    found = {"left": a.x < b.x, "right": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}
+    return found[side]
 
 
 def test_expressions_and_captions():
@@ -315,9 +337,21 @@ def test_what_the_texts_ask_is_true_and_told_by_them():
         described = language.description(scene, rng, boxes=True)
         for kind, _, answer in texts.asked(scene, rng, boxes=True):
             assert kind != "box" or answer in described
-        described = language.description(scene, rng, boxes=False)
-        for kind, _, answer in texts.asked(scene, rng, boxes=False):
-            assert kind not in ("phrase", "place") or answer in described
+        described = language.description(scene, rng, sizes=True)
+        for kind, question, answer in texts.asked(scene, rng, False, sizes=True):
+            assert kind not in ("phrase", "place", "where", "beside", "larger") or (
+                answer.split()[-1] in described
+            )
+            if kind == "larger":  # told by the words
+                words = question.rstrip("?").split()
+                a, b = called(scene.things, words[4:6]), called(scene.things, words[-2:])
+                larger, smaller = (a, b) if answer == a.shape else (b, a)
+                for size, t in (("large", larger), ("small", smaller)):
+                    assert f"a {size} {t.phrase}" in described
+            if kind == "order":
+                words = question.rstrip("?").split()
+                a, b = called(scene.things, words[2:4]), called(scene.things, words[-2:])
+                assert a.cell != b.cell and (answer == "yes") == beyond(a, b, words)
         for _, question, answer in texts.relations(scene, rng):
             words = question.rstrip("?").split()
             a, b = (
@@ -380,7 +414,7 @@ def test_backbones_are_made_from_scratch(tmp_path, monkeypatch):
     """All parts run, and what they write makes a model."""
     monkeypatch.setattr(made, "VISION", tmp_path / "toy-clip")
     monkeypatch.setattr(made, "LLM", tmp_path / "toy-llama")
-    small = dict(tokenizer=600, images=128, vision=2, drills=2, texts=2)
+    small = dict(tokenizer=600, images=128, vision=2, drills=2, texts=2, places=2)
     small |= {"unseen images": 256, "unseen texts": 80}
     for name, budget in small.items():
         monkeypatch.setitem(train.BUDGET, name, budget)

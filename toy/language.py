@@ -8,6 +8,8 @@ from toy.world import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZE, TEXTURES, Sce
 RELATIONS = {                                       # pixels; true when clearly positive
     "to the left of": lambda a, b: b.x - a.x, "to the right of": lambda a, b: a.x - b.x,
     "above": lambda a, b: b.y - a.y, "below": lambda a, b: a.y - b.y}
+AXES = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+SPATIAL = {"relation", "where", "beside", "order", "larger"}     # kinds of questions
 REFER = "Give the bounding box of: {}"
 SAID = {*COLORS, *TEXTURES, *SHAPES, *BACKGROUNDS}  # words that an answer may give away
 
@@ -70,6 +72,56 @@ def questions(scene: Scene, rng) -> list[tuple[str, str, str]]:
         if abs(gap) > 12:
             question = f"Is the {a.shape} {relation} the {b.shape}?"
             out.append(("relation", question, "yes" if gap > 0 else "no"))
+    return out + places(scene, rng)
+
+
+def by_pixels(a: Thing, b: Thing, relation: str) -> float:
+    """How far a stands in a relation to b, in pixels; 0 where the eye may doubt it."""
+    gap = RELATIONS[relation](a, b)
+    return gap if abs(gap) > 12 else 0
+
+
+def by_cells(a: Thing, b: Thing, relation: str) -> int:
+    """The same in cells of the 3 x 3 grid, which places in words tell."""
+    axis, sign = AXES[relation]
+    return sign * (b.cell[axis] - a.cell[axis])
+
+
+def places(scene: Scene, rng, gap=by_pixels) -> list[tuple[str, str, str]]:
+    """(kind, question, answer) about where things are and how large, one per kind that has an
+    unambiguous question here: what is at a place, beside a thing, above it, larger."""
+    things, out = scene.things, []
+
+    def one(found):
+        return found[rng.integers(len(found))] if found else None
+
+    cells, names = [t.cell for t in things], [f"{t.color} {t.shape}" for t in things]
+    third = SIZE / 3
+    inner = [t for t in things if cells.count(t.cell) == 1
+             and all(min(v % third, -v % third) > 3 for v in (t.x, t.y))]
+    if t := one(inner):
+        out.append(("where", f"What shape is at the {t.place}?", t.shape))
+    known = [t for t, name in zip(things, names) if names.count(name) == 1]
+    pairs = [(a, b) for a in known for b in known if a is not b]
+    sides = [(relation, b) for relation in RELATIONS for b in known
+             if [gap(a, b, relation) > 0 for a in things if a is not b].count(True) == 1
+             and all(gap(a, b, relation) for a in things if a is not b)]
+    if (found := one(sides)) and len(things) > 2:
+        relation, b = found
+        t = next(a for a in things if a is not b and gap(a, b, relation) > 0)
+        question = f"What color is the object {relation} the {b.color} {b.shape}?"
+        out.append(("beside", question, t.color))
+    relation = str(rng.choice(list(RELATIONS)))
+    if found := one([pair for pair in pairs if gap(*pair, relation)]):
+        a, b = found
+        question = f"Is the {a.color} {a.shape} {relation} the {b.color} {b.shape}?"
+        out.append(("order", question, "yes" if gap(a, b, relation) > 0 else "no"))
+    sizes = [(a, b) for a, b in pairs if a.shape != b.shape and a.size != b.size
+             and max(a.radius, b.radius) > 1.2 * min(a.radius, b.radius)]
+    if found := one(sizes):
+        a, b = found
+        question = f"Which is larger, the {a.color} {a.shape} or the {b.color} {b.shape}?"
+        out.append(("larger", question, max(found, key=lambda t: t.radius).shape))
     return out
 
 
@@ -114,11 +166,12 @@ def full_box(t: Thing) -> list[float]:
             min(SIZE, t.x + t.radius), min(SIZE, t.y + t.radius)]
 
 
-def description(scene: Scene, rng, boxes: bool = False) -> str:
+def description(scene: Scene, rng, boxes: bool = False, sizes: bool = False) -> str:
     """The scene in words: objects in random order with places or boxes, then the background."""
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
     where = [box_text(full_box(t)) if boxes else f"at the {t.place}" for t in things]
-    parts = [f"{article(t.phrase)} {place}" for t, place in zip(things, where)]
+    parts = [f"{article(f'{t.size} ' * sizes + t.phrase)} {place}"
+             for t, place in zip(things, where)]
     return ", ".join(parts) + f", on {scene.light} {scene.background}."
 
 

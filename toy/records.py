@@ -23,13 +23,14 @@ import runtime
 from labels import encode_rle
 from runtime import InputError
 from toy.language import (
-    REFER, article, box_text, caption, conversation, description, instructions, questions, referred)
+    REFER, SPATIAL, article, box_text, caption, conversation, description, instructions, questions,
+    referred)
 from toy.world import Scene, distracted, render, sample_scene, unheard_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "toy"
 VISION, LLM = ROOT / "backbones" / "toy-clip", ROOT / "backbones" / "toy-llama"
-VERSION = 5                                         # of the data: another version is rebuilt
+VERSION = 6                                         # of the data: another version is rebuilt
 SPLITS = {"train": 8192, "val": 256, "test": 300, "hard": 300, "distract": 300}     # images
 SEEDS = {"train": 0, "val": 1 << 24, "test": 1 << 25, "hard": 3 << 24, "distract": 5 << 24}
 PRETRAIN = {"steps": 500, "batch_size": 32}         # of pretrain.py when it starts without --data
@@ -73,7 +74,7 @@ def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict
         out["_sft"] = [record(name, "_talk", conversation(scene, list(boxes.values()), rng))]
         if rng.random() < 0.25:             # text alone, so that the language model stays one
             other = sample_scene(rng, lambda scene: not unheard_of(scene))
-            turns = [(q, a) for kind, q, a in questions(other, rng) if kind != "relation"]
+            turns = [(q, a) for kind, q, a in questions(other, rng) if kind not in SPATIAL]
             turns[0] = (f"{description(other, rng)} {turns[0][0]}", turns[0][1])
             out["_sft"].append(record(name, "_text", turns, image=False))
         if split == "val":

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from toy.language import (
-    REFER, RELATIONS, article, box_text, caption, description, full_box, instructions, questions,
-    referred, referring)
+    REFER, RELATIONS, SPATIAL, article, box_text, by_cells, caption, description, full_box,
+    instructions, places, questions, referred, referring)
 from toy.world import COLORS, SHAPES, SIZE, TEXTURES, Scene, sample_scene, visible
 
-AXES = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 
 
 @dataclass
@@ -34,17 +33,18 @@ def relations(scene: Scene, rng) -> Iterator[tuple[str, str, str]]:
     unique = [t for t in scene.things if shapes.count(t.shape) == 1]
     for a, b in itertools.permutations(unique, 2):
         name = str(rng.choice(list(RELATIONS)))
-        axis, sign = AXES[name]
-        gap = sign * (b.cell[axis] - a.cell[axis])
-        if gap:
+        if gap := by_cells(a, b, name):
             yield "relation", f"Is the {a.shape} {name} the {b.shape}?", "yes" if gap > 0 else "no"
 
 
-def asked(scene: Scene, rng, boxes: bool) -> list[tuple[str, str, str]]:
-    """(kind, question, answer) that the description answers: six of `questions`, six others."""
+def asked(scene: Scene, rng, boxes: bool, sizes: bool = False) -> list[tuple[str, str, str]]:
+    """(kind, question, answer) that the description answers: six of `questions`, ten others."""
     own = {question: (kind, question, answer) for _ in range(4)
-           for kind, question, answer in questions(scene, rng) if kind != "relation"}
+           for kind, question, answer in questions(scene, rng) if kind not in SPATIAL}
     more = list(relations(scene, rng))
+    more += {question: (kind, question, answer) for _ in range(4)
+             for kind, question, answer in places(scene, rng, by_cells)
+             if kind != "larger" or sizes}.values()
     if boxes:                                       # in place of places
         more = [("box", REFER.format(expression), box_text(full_box(scene.things[i])))
                 for i, expression in referring(scene, rng)]
@@ -56,8 +56,8 @@ def asked(scene: Scene, rng, boxes: bool) -> list[tuple[str, str, str]]:
                     name = noun.format(value)
                     more += [("phrase", f"Describe {name}.", article(t.phrase)),
                              ("place", f"Where is {name}?", t.place)]
-    return [group[i] for group in (list(own.values()), more)
-            for i in rng.permutation(len(group))[:6]]
+    return [group[i] for group, most in ((list(own.values()), 6), (more, 10))
+            for i in rng.permutation(len(group))[:most]]
 
 
 def drill(rng, count: int, boxes: bool) -> Text:
@@ -89,6 +89,17 @@ def grid(scene: Scene, masks: list, rng) -> str:
     return " ".join(str(rng.choice(words)) for words in cells)
 
 
+def shortened(text: Text, rng, most: int = 10) -> Text:
+    """At most so many of the turns that stand apart, up to six of them about places: where things
+    are takes the longest to learn, and a short text a third of the time."""
+    if text.apart and len(text.turns) > most:
+        order = rng.permutation(len(text.turns)).tolist()
+        spatial = [i for i in order if text.turns[i][0].removeprefix("grid ") in SPATIAL][:6]
+        rest = [i for i in order if text.turns[i][0].removeprefix("grid ") not in SPATIAL]
+        text.turns = [text.turns[i] for i in sorted(spatial + rest[: most - len(spatial)])]
+    return text
+
+
 def beside(turns: list[tuple[str, str]], opening: str = " ") -> tuple[str, str]:
     """Turns of one request: what is asked, up to where the last answer begins, and that answer."""
     *earlier, (request, answer) = turns
@@ -113,8 +124,8 @@ def sample_text(rng) -> Text:
         said += [(f"grid {kind}", turns) for kind, turns in instructions(scene, rng)]
         first = f"USER: {grid(scene, masks, rng)}"
         return Text(first, [(kind, *beside(turns, "\n")) for kind, turns in said])
-    boxes = rng.random() < 0.3
-    turns = [(kind, [(q, a)]) for kind, q, a in asked(scene, rng, boxes)] + said
+    boxes, sizes = rng.random() < 0.3, rng.random() < 0.5
+    turns = [(kind, [(q, a)]) for kind, q, a in asked(scene, rng, boxes, sizes)] + said
     if apart := rng.random() < 0.8:
         turns += [(kind, own) for kind, own in instructions(scene, rng) if kind != "list"]
         turns = [(kind, *beside(own)) for kind, own in turns]
@@ -122,4 +133,4 @@ def sample_text(rng) -> Text:
         turns = [turns[i] for i in rng.permutation(len(turns))[:4]]
         turns = [(kind, *beside(own, "USER: " if i else " "))
                  for i, (kind, own) in enumerate(turns)]
-    return Text(f"USER: {description(scene, rng, boxes)}", turns, apart)
+    return Text(f"USER: {description(scene, rng, boxes, sizes)}", turns, apart)

@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import runtime
 from toy import records
-from toy.texts import Text, drill, sample_text
+from toy.texts import Text, drill, sample_text, shortened
 
 SEED, TEST_SEED = 1 << 26, 1 << 27      # far from the data's: no image of a split is ever seen here
 BUDGET = {"tokenizer": 20_000, "images": 40_000,            # texts, images
-          "vision": 2000, "drills": 400, "texts": 3100,     # optimizer steps
+          "vision": 2000, "drills": 400, "texts": 3100, "places": 2000,     # optimizer steps
           "unseen images": 768, "unseen texts": 640}        # for the report
 CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% if m.role == 'user' and (not"
@@ -165,8 +165,13 @@ def train_llm(tokenizer) -> dict:
         rng = np.random.default_rng([SEED, 1, step])
         return loss_of([sample_text(rng) for _ in range(32)])
 
+    def places(step):
+        rng = np.random.default_rng([SEED, 2, step])
+        return loss_of([shortened(sample_text(rng), rng) for _ in range(40)])
+
     optimise(model, drills, BUDGET["drills"], 1e-3, "drills")
     optimise(model, texts, BUDGET["texts"], 1e-3, "texts")
+    optimise(model, places, BUDGET["places"], 1e-3, "places")
     report = exact_answers(model.eval(), tokenizer)
     model.half().save_pretrained(records.LLM)
     return report

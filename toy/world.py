@@ -40,6 +40,11 @@ class Thing:
         return f"{self.texture} {self.color} {self.shape}"
 
     @property
+    def size(self) -> str:
+        """In words."""
+        return "large" if self.radius > 21 else "small"
+
+    @property
     def cell(self) -> tuple[int, int]:
         """Column and row of its centre on a 3 x 3 grid."""
         return int(self.x * 3 / SIZE), int(self.y * 3 / SIZE)
