@@ -1,5 +1,8 @@
 """Stage 1: train the projector, all else frozen, on L_caption + patch_weight * L_patch.
 
+The patch loss is on for the first third of the steps: it gives each patch its words, then captions
+alone go on from there. Throughout (--patch-schedule constant) it aligns more, and costs captions.
+
     torchrun pretrain.py                          # the toy world; `python pretrain.py` is the same
     torchrun pretrain.py --patch-weight 0 --out runs/caption_only      # baseline: same data order
     torchrun --nproc_per_node 8 pretrain.py --vision openai/clip-vit-large-patch14-336 \\
@@ -65,9 +68,9 @@ class Args:
     # --- loss
     patch_loss: str = field(default="softmax", metadata={"choices": ["softmax", "cosine"]})
     """over the vocabulary, or the plain pull"""
-    patch_schedule: str = field(default="constant",
-                                metadata={"choices": ["constant", "decay", "first"]})
-    """decay: linearly to 0; first: a third of the steps"""
+    patch_schedule: str = field(default="first",
+                                metadata={"choices": ["first", "constant", "decay"]})
+    """first: a third of the steps; decay: linearly to 0"""
     tau: float = 0.07
     """temperature of the softmax patch loss"""
     coverage: float = 0.25
@@ -88,7 +91,7 @@ class Args:
     seed: int = 0
     """of the projector's initial values and the data order"""
     overfit: bool = False
-    """train on the first batch only: both losses must fall"""
+    """train on the first batch only, on both losses throughout: both must fall"""
     # --- data
     val_data: str = ""
     """records to validate on (toy world: its validation split)"""
@@ -239,7 +242,7 @@ def main(args: Args) -> None:
         f" vocabulary {len(model.word_embeddings)};"
         f" {sum(p.numel() for p in parameters):,} trained parameters; {device.type},"
         f" {str(dtype).removeprefix('torch.')}; patch loss {args.patch_loss} ({impl}), weight"
-        f" {args.patch_weight:g}, tau {args.tau:g}")
+        f" {args.patch_weight:g} ({args.patch_schedule}), tau {args.tau:g}")
 
     def save_state(done: int) -> None:
         runtime.save_resume(out / "resume.pt", args, done, model=model.trained_state(),
@@ -266,7 +269,7 @@ def main(args: Args) -> None:
             weight = args.patch_weight
             if args.patch_schedule == "decay":
                 weight = weight * (1 - step / steps)
-            elif args.patch_schedule == "first":
+            elif args.patch_schedule == "first" and not args.overfit:
                 weight = weight * (step < steps / 3)
 
             # Losses are sums, divided by the true counts of the global batch. The labels tell the

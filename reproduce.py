@@ -48,11 +48,12 @@ ROOT = Path(__file__).resolve().parent                          # where the stag
 BASE, ALIGNED = VARIANTS = ("caption-only", "patch-aligned")
 LINEAR = "linear-caption-only"  # the linear projector's own baseline
 ABLATIONS = {                                                   # flags of pretrain.py
-    "tau-0.03": "--tau 0.03", "tau-0.2": "--tau 0.2",
-    **{f"weight-{w}": f"--patch-weight {w}" for w in ("0.03", "0.1", "0.3", "3")},
-    "decay": "--patch-schedule decay", "coverage-0.1": "--coverage 0.1",
-    "coverage-0.5": "--coverage 0.5", LINEAR: "--projector linear --patch-weight 0",
-    "linear": "--projector linear", "centre-words": "--centre-words"}
+    "constant": "--patch-schedule constant", "decay": "--patch-schedule decay",
+    **{f"constant-{w}": f"--patch-schedule constant --patch-weight {w}" for w in ("0.1", "0.3")},
+    "constant-0.3-tau-0.03": "--patch-schedule constant --patch-weight 0.3 --tau 0.03",
+    "tau-0.03": "--tau 0.03", "weight-0.3": "--patch-weight 0.3", "weight-3": "--patch-weight 3",
+    "cosine": "--patch-loss cosine", "centre-words": "--centre-words",
+    LINEAR: "--projector linear --patch-weight 0", "linear": "--projector linear"}
 CELLS = {BASE: "--patch-weight 0", ALIGNED: ""} | ABLATIONS
 CURVE_LIMIT = 300               # records of each file at a point of the fine-tuning's curve
 
@@ -71,7 +72,7 @@ class Args:
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     """what is compared"""
     ablations: bool = False
-    """also other tau, weight, schedule, coverage, projector; seed 0"""
+    """also other schedules, weights, tau, losses, projectors; seed 0"""
     quick: bool = False
     """one seed, few steps and records, in runs/quick"""
     jobs: int = 0
@@ -174,14 +175,15 @@ def stages(name: str, seed: int, args: Args) -> list[Stage]:
     def point(step, checkpoint, spent=None):
         out = tuned / f"step-{step}"
         return stage(f"step-{step}", out / "eval.json", "eval.py", checkpoint, "--limit",
-                     CURVE_LIMIT, *flags(args, "eval"), "--out", out, spent=spent)
+                     CURVE_LIMIT, *(f for f in flags(args, "eval") if f != "--blind"), "--out",
+                     out, spent=spent)
 
     def measured(step):
         checkpoint, out = first / f"ckpt-{step}.pt", first / f"step-{step}"
         return stage(f"pretrain-{step}", out / "probe.json", "probe.py", checkpoint, *probe,
                      "--show", 0, "--out", out, spent=checkpoint)
 
-    probe = [*flags(args, "probe"), *["--coverage", "0.25"] * ("--coverage" in own)]   # one for all
+    probe = flags(args, "probe")
     keep = args.keep_every * (name in VARIANTS)
     kept = ["--keep-every", keep] if keep else []
     chain = [

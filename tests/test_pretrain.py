@@ -34,8 +34,8 @@ def flags(world):
         1,
         "--save-every",
         3,
-        "--patch-weight",
-        1,
+        "--patch-schedule",
+        "constant",
     ]
 
 
