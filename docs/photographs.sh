@@ -2,7 +2,8 @@
 # The comparison on photographs, through reproduce.py: DINOv2-S and SmolLM2-135M on Flickr8k with
 # phrase boxes.
 #
-#   bash docs/photographs.sh DATA cpu [--seeds 3]   # two hours a seed on two cores, 10 GB of memory
+#   bash docs/photographs.sh DATA cpu               # three seeds of two hours on two cores, 10 GB
+#   bash docs/photographs.sh DATA cpu --seeds 1     # the first of them; the others go on from there
 #   bash docs/photographs.sh DATA gpu               # three seeds, two epochs; not run yet
 #   python docs/intervals.py runs/photographs       # intervals over seeds and images
 #
@@ -19,22 +20,21 @@ for name in val val_sft; do head -200 "$records/$name.jsonl" > "$records/${name}
 
 case $how in
 cpu)
-  jobs=1 limit=0
+  jobs=2 limit=1000
   pretrain="--batch-size 16 --micro-batch 8 --steps 500 --save-every 100"
   sft="--batch-size 16 --micro-batch 8 --lr 3e-4 --projector-lr 3e-4 --steps 250 \
        --val-every 250 --save-every 50" ;;
 gpu)  # two epochs of the 30,000 captions, one of the 6,000 conversations; all six cells at once
-  jobs=6 limit=1500
+  jobs=6 limit=400
   pretrain="--batch-size 64 --steps 938 --save-every 200 --cache-features $data/cache"
   sft="--batch-size 32 --lr 3e-4 --projector-lr 3e-4 --steps 188 --save-every 100 \
        --cache-features $data/cache" ;;
 *) echo "error: $how: say cpu or gpu" >&2; exit 2 ;;
 esac
-seeds=$([ "$how" = gpu ] && echo 3 || echo 1)
 
 models="--vision $data/dinov2-small --llm $data/smollm2-135m --image-size 112 --geometry stretch"
 tests="$records/test_caption.jsonl $records/test_refer.jsonl $records/test_vqa.jsonl"
-python reproduce.py --out runs/photographs --variants caption-only patch-aligned --seeds "$seeds" \
+python reproduce.py --out runs/photographs --variants caption-only patch-aligned --seeds 3 \
   --jobs "$jobs" \
   --pretrain-flags "--data $records/train.jsonl --val-data $records/val200.jsonl $models $common \
                     $pretrain" \
