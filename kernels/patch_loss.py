@@ -59,6 +59,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -71,6 +72,7 @@ SHORTEST = 1e-12                # norm below which a row has no direction, and g
 SCRATCH_BYTES = 64 * 2**20      # working memory of the chunked path, beside its gradient
 LARGEST_TILE = 4096             # words per tile: smaller ones cost calls, larger ones room for rows
 FUSED_SCRATCH = 320 * 2**20     # of the fused path: 1024 rows at D = 4096, V = 151936 in bfloat16
+ORDER_BLOCK = 1024              # rows that order_kernel looks at together
 FASTEST_ON_GPU = "triton"       # its default; "cublas" took 7% longer or more on an H100
 
 
@@ -168,7 +170,7 @@ def block_sizes(d, v, bytes_each):
 
 
 def chunked_sweep(h, w, ids, weights, tau, need_grad):
-    """-> (loss_sum, gradient of loss_sum by h in h's dtype, or None)."""
+    """-> (loss_sum, gradient of loss_sum by h in h's dtype or None, number of labelled rows)."""
     dtype, (v, d) = compute_dtype(h), w.shape
     labelled = labelled_rows(weights)  # unlabelled patches cost nothing from here on
     most_rows, most_words = block_sizes(d, v, dtype.itemsize)
@@ -206,7 +208,7 @@ def chunked_sweep(h, w, ids, weights, tau, need_grad):
             a.addcmul_(h_hat, (a * h_hat).sum(dim=1, keepdim=True), value=-1)
             grad[rows] = a.mul_(h_inverse).to(h.dtype)                   # (r, D)    by h
 
-    return loss_sum, grad
+    return loss_sum, grad, torch.tensor(len(labelled), device=h.device)
 
 
 class GradientInForward(torch.autograd.Function):
@@ -215,13 +217,15 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sweep, h, w, ids, weights, tau):
-        loss_sum, grad = sweep(h, w, ids, weights, tau, need_grad=True)
+        loss_sum, grad, labelled = sweep(h, w, ids, weights, tau, need_grad=True)
         ctx.save_for_backward(grad)
-        return loss_sum
+        ctx.mark_non_differentiable(labelled)
+        ctx.set_materialize_grads(False)                        # no zeros for `labelled`
+        return loss_sum, labelled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, factor):
+    def backward(ctx, factor, _):
         grad, = ctx.saved_tensors
         # not in place: with retain_graph this runs again
         return None, grad * factor, None, None, None, None
@@ -231,10 +235,10 @@ def run_sweep(sweep, h, w, ids, weights, tau):
     """A sweep, with the gradient only if someone will ask for it -> (loss_sum, labelled)."""
     check_overflow(tau, len(w), compute_dtype(h))
     if torch.is_grad_enabled() and h.requires_grad:
-        loss_sum = GradientInForward.apply(sweep, h, w, ids, weights, tau)
-    else:
-        loss_sum, _ = sweep(h, w, ids, weights, tau, need_grad=False)
-    return loss_sum, (weights != 0).any(dim=1).sum()
+        return GradientInForward.apply(sweep, h, w, ids, weights, tau)
+    with torch.no_grad():
+        loss_sum, _, labelled = sweep(h, w, ids, weights, tau, need_grad=False)
+    return loss_sum, labelled
 
 
 def patch_loss_chunked(h, w, ids, weights, tau):
@@ -251,9 +255,9 @@ def patch_loss_chunked(h, w, ids, weights, tau):
 # the operand of the second product, is written (in 16 bits for bfloat16 words), and nothing else of
 # size rows x V exists.
 #
-#     order, count = the labelled patches, first; how many they are
+#     order:  the labelled patches, first; count: how many they are    # one program
 #     for each chunk of R rows:                               # on the host; below, a kernel each
-#         gather:     x = h[order[chunk]], 1 / |h|            # a program per row
+#         gather:     x = h[order[chunk]], 1 / |h|            # a program per row; unlabelled: zeros
 #         scores:     for each (row tile i, word tile j):     # product 1
 #                         c = (x_i w_j^T) / |h| / |w|         # sum over D in steps of BK
 #                         p = exp(c / tau)                    # not yet divided by the total
@@ -332,16 +336,40 @@ def rounded(e, dtype: tl.constexpr, TF32: tl.constexpr):
 
 
 @jit
-def gather_kernel(h, order, count, x, x_inverse, h_inverse, first, D, stride_row, stride_column,
-                  stride_x, SHORTEST: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr):
+def order_kernel(weights, order, count, N, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """order (N,): the labelled rows as they come, behind them the others from the end backwards;
+    count: the number of the former. One program, since where a row goes depends on all before."""
+    o_k = tl.arange(0, BLOCK_K)
+    labelled_before = tl.zeros((), tl.int32)
+    for first in range(0, N, BLOCK):
+        o_row = first + tl.arange(0, BLOCK)
+        m_row = o_row < N
+        shares = tl.load(weights + o_row.to(tl.int64)[:, None] * K + o_k[None, :],
+                         mask=m_row[:, None] & (o_k < K)[None, :], other=0.0)
+        labelled = tl.max((shares != 0).to(tl.int32), 1)                             # (BLOCK,)
+        upto = labelled_before + tl.cumsum(labelled, 0)
+        place = tl.where(labelled > 0, upto - 1, N - 1 - (o_row - upto))
+        tl.store(order + place, o_row.to(tl.int64), mask=m_row)
+        labelled_before += tl.sum(labelled, 0)
+    tl.store(count, labelled_before.to(tl.int64))
+
+
+@jit
+def gather_kernel(h, order, count, x, x_inverse, h_inverse, loss, grad, first, D, stride_row,
+                  stride_column, stride_x, SHORTEST: tl.constexpr, SAME: tl.constexpr,
+                  GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """A labelled row of h into the chunk: x = h if the dtypes are the SAME, else ĥ; with zeros up
     to the width of x. One program per row. x_inverse: what turns x into ĥ; h_inverse: 1 / |h|; both
-    0 for a row without direction."""
+    0 for a row without direction. An unlabelled row has no loss and no gradient."""
     i_row = tl.program_id(0)
-    if first + i_row >= tl.load(count):
-        return
     o_column = tl.arange(0, BLOCK)
     source = tl.load(order + first + i_row)
+    if first + i_row >= tl.load(count):
+        tl.store(loss + first + i_row, 0.0)
+        if GRAD:
+            nothing = tl.zeros((BLOCK,), grad.dtype.element_ty)
+            tl.store(grad + source * D + o_column, nothing, mask=o_column < D)
+        return
     o_h = source * stride_row + o_column.to(tl.int64) * stride_column
     b_h = tl.load(h + o_h, mask=o_column < D, other=0.0)
     b_value = b_h.to(tl.float32)
@@ -398,11 +426,12 @@ def scores_kernel(x, w, e, x_inverse, w_inverse, unit, total_part, q_part, count
 
 @jit
 def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse, unit, total_part,
-                  q_part, scale, along, loss, count, first, R, D, K, stride_x, stride_w, stride_e,
-                  parts, per_tau, log2_per_cosine, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-                  BLOCK_PARTS: tl.constexpr, GRAD: tl.constexpr, TF32: tl.constexpr):
+                  q_part, scale, along, loss, count, first, R, V, D, K, stride_x, stride_w,
+                  stride_e, parts, per_tau, log2_per_cosine, BLOCK: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_PARTS: tl.constexpr, GRAD: tl.constexpr,
+                  TF32: tl.constexpr):
     """Loss of one row, its target entries in E, and the two numbers of g = scale (E w) - along x.
-    One program per row."""
+    One program per row. An id outside the vocabulary makes both NaN, and is not read."""
     i_row = tl.program_id(0)
     if first + i_row >= tl.load(count):
         return
@@ -420,6 +449,9 @@ def finish_kernel(x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse,
     for k in range(K):
         token = tl.load(ids + source * K + k)
         share = tl.load(weights + source * K + k).to(tl.float32)
+        inside = (token >= 0) & (token < V)
+        share = tl.where(inside | (share == 0), share, float("nan"))
+        token = tl.where(inside, token, 0)                                           # padding
         word_inverse = tl.load(w_inverse + token)
         b_word = tl.load(w + token * stride_w + o_column, mask=o_column < D, other=0.0)
         b_word = b_word.to(tl.float32)
@@ -551,7 +583,7 @@ TILES = {
     ("sm_80", torch.float16): (Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 3)),
     ("sm_80", torch.float32): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
     # tests on a CPU: many tiles, chunks and rounds in small tensors
-    **{("interpreter", dtype): (Tile(16, 32, 16, 1, 1), Tile(16, 16, 16, 1, 1))
+    **{("interpreter", dtype): (Tile(16, 32, 16, 1, 1), Tile(16, 32, 16, 1, 1))
        for dtype in FUSED_DTYPES},
 }
 
@@ -559,7 +591,7 @@ TILES = {
 def chip(device):
     """(kind as in TILES, multiprocessors)."""
     if device.type == "cpu":
-        return "interpreter", 3
+        return "interpreter", 5
     properties = torch.cuda.get_device_properties(device)
     kind = "sm_90" if (properties.major, properties.minor) == (9, 0) else "sm_80"
     return kind, properties.multi_processor_count
@@ -594,11 +626,28 @@ def check_fused(h, w):
                              f" float32, got {dtype}; use impl='chunked'")
 
 
+WORD_NORMS = WeakTensorKeyDictionary()          # w: (version, width, word_norms), until w is gone
+
+
+def word_norms(w, width):
+    """1 / |w_j|, zeros from V on: (width,), and the norm of the shortest word that has a direction,
+    at most 1: (). W is frozen: made once, and again when w is another tensor or was written to
+    (what is written through w.data goes unseen)."""
+    version = None if w.is_inference() else w._version
+    if version is None or WORD_NORMS.get(w, ())[:2] != (version, width):
+        inverse = torch.nn.functional.pad(inverse_norm(w).squeeze(1), (0, width - len(w)))
+        made = version, width, inverse, 1 / inverse.max().clamp_min(1)
+        if version is None:
+            return made[2:]
+        WORD_NORMS[w] = made
+    return WORD_NORMS[w][2:]
+
+
 def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
-    """The pseudo-code above -> (loss_sum, gradient of loss_sum by h in h's dtype, or None)."""
+    """The pseudo-code above -> (loss_sum, its gradient by h in h's dtype or None, labelled)."""
     check_fused(h, w)
     (n, d), v, k = h.shape, len(w), ids.shape[1]
-    w = w if w.stride(1) == 1 else w.contiguous()
+    words, w = w, w.detach() if w.stride(1) == 1 else w.contiguous()
     ids, weights = ids.contiguous(), weights.contiguous()
     # exp(c / tau) = 2^(c log2(e) / tau)
     per_tau, log2_per_cosine = 1 / tau, math.log2(math.e) / tau
@@ -621,32 +670,33 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
         return torch.empty(shape, dtype=dtype, device=h.device)
 
     def tiles(matrix, rows, columns):
-        if not tma or matrix is None:
+        if not tma or matrix is None or cublas:
             return matrix
         return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
-    labelled = (weights != 0).any(dim=1)                                 # (n,)
-    count = labelled.sum()                                               # stays on the device
-    order = (~labelled).to(torch.uint8).argsort(stable=True)             # (n,) labelled rows first
-    # (stride_e,)
-    w_inverse = torch.nn.functional.pad(inverse_norm(w).squeeze(1), (0, stride_e - v))
-    unit = 1 / w_inverse.max().clamp_min(1)
-
+    w_inverse, unit = word_norms(words, stride_e)
+    order, count = numbers(n, dtype=torch.int64), numbers(dtype=torch.int64)    # stay on the device
     x, x_inverse, h_inverse = numbers(R, stride_x, dtype=w.dtype), numbers(R), numbers(R)
     e = numbers(R, stride_e, dtype=e_dtype) if need_grad else None
     total_part, q_part = numbers(parts, R), numbers(parts, R)
     scale, along = numbers(R), numbers(R)
-    loss = torch.zeros(n, dtype=torch.float32, device=h.device)
-    grad = torch.zeros(n, d, dtype=h.dtype, device=h.device) if need_grad else None
+    loss, grad = numbers(n), numbers(n, d, dtype=h.dtype) if need_grad else None
+    first_tiles = tiles(x, BM, BK), tiles(w, BN, BK), tiles(e, BM, BN)   # the same for all chunks
+    narrow = second._replace(BN=second.BN // 2)
+    second_tiles = {own: (tiles(e, BM, own.BK), tiles(w, own.BK, own.BN))
+                    for own in (second, narrow)}
     block_d, block_k, block_parts = (triton.next_power_of_2(max(1, size))
                                      for size in (stride_x, k, parts))
 
     with torch.cuda.device_of(h):  # Triton launches on the current device
+        order_kernel[(1,)](weights, order, count, n, k, BLOCK=ORDER_BLOCK,
+                           BLOCK_K=block_k)
         for first in range(0, n, R):
             rows = (min(R, n - first),)                                  # at most: `count` decides
             gather_kernel[rows](
-                h, order, count, x, x_inverse, h_inverse, first, d, *h.stride(), stride_x,
-                SHORTEST=SHORTEST, SAME=h.dtype == w.dtype, BLOCK=block_d)
+                h, order, count, x, x_inverse, h_inverse, loss, grad, first, d, *h.stride(),
+                stride_x, SHORTEST=SHORTEST, SAME=h.dtype == w.dtype, GRAD=need_grad,
+                BLOCK=block_d)
             if cublas:
                 dots = cublas_product(x[:, :d], w.T)                     # (R, V)
                 exp_kernel[rows](
@@ -655,26 +705,27 @@ def fused_sweep(h, w, ids, weights, tau, need_grad, cublas=False):
                     GRAD=need_grad)
             else:
                 scores_kernel[(programs,)](
-                    tiles(x, BM, BK), tiles(w, BN, BK), tiles(e, BM, BN), x_inverse, w_inverse,
-                    unit, total_part, q_part, count, first, R, v, d, w.stride(0), log2_per_cosine,
-                    BM=BM, BN=BN, BK=BK, GRAD=need_grad, TMA=tma, PRECISION=precision, TF32=tf32,
-                    num_warps=tile.warps, num_stages=tile.stages)
+                    *first_tiles, x_inverse, w_inverse, unit, total_part, q_part, count, first, R,
+                    v, d, w.stride(0), log2_per_cosine, BM=BM, BN=BN, BK=BK, GRAD=need_grad,
+                    TMA=tma, PRECISION=precision, TF32=tf32, num_warps=tile.warps,
+                    num_stages=tile.stages)
             finish_kernel[rows](
                 x, w, e, ids, weights, order, x_inverse, h_inverse, w_inverse, unit, total_part,
-                q_part, scale, along, loss, count, first, R, d, k, stride_x, w.stride(0), stride_e,
-                parts, per_tau, log2_per_cosine, BLOCK=block_d, BLOCK_K=block_k,
+                q_part, scale, along, loss, count, first, R, v, d, k, stride_x, w.stride(0),
+                stride_e, parts, per_tau, log2_per_cosine, BLOCK=block_d, BLOCK_K=block_k,
                 BLOCK_PARTS=block_parts, GRAD=need_grad, TF32=tf32)
             if need_grad and cublas:
                 attended = cublas_product(e[:, :v], w.to(e_dtype))       # (R, D)
                 project_kernel[rows](attended, x, grad, order, scale, along, count, first, d,
                                      stride_x, BLOCK=block_d)
             elif need_grad:
+                full = 2 * triton.cdiv(rows[0], BM) * triton.cdiv(d, second.BN) > programs
+                own = second if full else narrow            # or half of the programs had no tile
                 gradient_kernel[(programs,)](
-                    tiles(e, BM, second.BK), tiles(w, second.BK, second.BN), grad, order, x, scale,
-                    along, count, first, R, v, d, w.stride(0), stride_x, stride_e, BM=BM,
-                    BN=second.BN, BK=second.BK, TMA=tma, PRECISION=second_precision,
-                    num_warps=second.warps, num_stages=second.stages)
-    return loss.sum(), grad
+                    *second_tiles[own], grad, order, x, scale, along, count, first, R, v, d,
+                    w.stride(0), stride_x, stride_e, BM=BM, BN=own.BN, BK=own.BK, TMA=tma,
+                    PRECISION=second_precision, num_warps=own.warps, num_stages=own.stages)
+    return loss.sum(), grad, count
 
 
 def patch_loss_triton(h, w, ids, weights, tau):
@@ -702,18 +753,8 @@ def default_impl(*tensors):
     return FASTEST_ON_GPU if fused else "chunked"
 
 
-def mask_outside(ids, weights, v):
-    """-> (ids, weights) with id 0 and weight NaN in place of ids outside the vocabulary."""
-    outside = (ids < 0) | (ids >= v)
-    return ids.masked_fill(outside, 0), weights.masked_fill(outside, math.nan)
-
-
 def check_inputs(h, w, ids, weights):
-    """-> (ids with 0 in place of padding, weights). ValueError: one line, names the argument.
-
-    Ids outside the vocabulary raise too on a CPU. Elsewhere the answer would have to be waited for;
-    there they become id 0 with weight NaN: no memory is read out of bounds, and the loss shows it.
-    """
+    """Raise a ValueError of one line that names the argument, if shapes or dtypes do not fit."""
     if h.ndim != 2 or not h.is_floating_point():
         raise ValueError(f"h: expected floating-point (n, D), got {h.dtype} {tuple(h.shape)}")
     if w.ndim != 2 or w.shape[1] != h.shape[1] or len(w) == 0 or not w.is_floating_point():
@@ -724,13 +765,18 @@ def check_inputs(h, w, ids, weights):
     if weights.shape != ids.shape or not weights.is_floating_point():
         raise ValueError(f"weights: expected floating-point {tuple(ids.shape)} as ids, got"
                          f" {weights.dtype} {tuple(weights.shape)}")
+
+
+def in_vocabulary(ids, weights, v):
+    """-> (ids with 0 in place of padding, weights). ValueError: ids outside the vocabulary, on a
+    CPU. Elsewhere the answer would have to be waited for; there they become id 0 with weight NaN:
+    no memory is read out of bounds, and the loss shows it."""
     ids = ids.masked_fill(weights == 0, 0)
-    if ids.device.type != "cpu":
-        return mask_outside(ids, weights, len(w))
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < len(w):
+    outside = (ids < 0) | (ids >= v)
+    if ids.device.type == "cpu" and outside.any():
         raise ValueError(f"ids: {ids.min().item()} to {ids.max().item()} lie outside the vocabulary"
-                         f" of {len(w)} words")
-    return ids, weights
+                         f" of {v} words")
+    return ids.masked_fill(outside, 0), weights.masked_fill(outside, math.nan)
 
 
 def patch_loss(h, w, ids, weights, tau, *, impl=None):
@@ -746,26 +792,30 @@ def patch_loss(h, w, ids, weights, tau, *, impl=None):
 
     Returns (loss_sum, labelled): the sum of loss_i over the labelled rows, a scalar in float32
     (float64 if h is), and their number, a 0-d int64 tensor. Nothing labelled gives 0 with a
-    gradient of zeros. Raises ValueError for wrong shapes, ids outside the vocabulary (on a GPU,
-    where looking would mean waiting, they give a loss of NaN instead), an unknown or unavailable
-    impl, and a tau too small for float32 (all but "reference"). "triton" and "cublas" never wait.
+    gradient of zeros. Raises ValueError for wrong shapes, ids outside the vocabulary (on a GPU and
+    in the fused kernels, where looking would mean waiting, they give a loss of NaN instead), an
+    unknown or unavailable impl, and a tau too small for float32 (all but "reference"). "triton" and
+    "cublas" never wait.
     """
     impl = impl or default_impl(h, w)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if not tau > 0:
         raise ValueError(f"tau: expected a positive number, got {tau}")
-    ids, weights = check_inputs(h, w, ids, weights)
+    check_inputs(h, w, ids, weights)
+    if impl not in ("triton", "cublas"):                    # they look for themselves
+        ids, weights, w = *in_vocabulary(ids, weights, len(w)), w.detach()
     # autocast would round the products to low precision
     with torch.autocast(h.device.type, enabled=False):
-        return IMPLEMENTATIONS[impl](h, w.detach(), ids, weights, tau)
+        return IMPLEMENTATIONS[impl](h, w, ids, weights, tau)
 
 
 def cosine_loss(h, w, ids, weights):
     """The plain cosine pull -> (sum over the labelled rows of 1 - sum_j Y_ij c_ij, labelled).
     Arguments as in patch_loss; only the target rows of w are read. Unlabelled rows are computed as
     zeros, since to leave them out is to wait for a GPU to name them."""
-    ids, weights = check_inputs(h, w, ids, weights)
+    check_inputs(h, w, ids, weights)
+    ids, weights = in_vocabulary(ids, weights, len(w))
     dtype = compute_dtype(h)
     labelled = (weights != 0).any(dim=1)                                 # (n,)
     x = h.to(dtype).masked_fill(~labelled[:, None], 0)                   # (n, D)
