@@ -116,7 +116,8 @@ def patch_loss_shapes(h, w, ids, weights, tau):
     def sweep(h, w, ids, weights, tau, need_grad):
         scratch = min(FUSED_SCRATCH, len(h) * (w.shape[0] + w.shape[1]) * w.itemsize)
         torch.empty(scratch, dtype=torch.uint8, device=h.device)
-        return torch.zeros((), device=h.device), torch.zeros_like(h) if need_grad else None
+        loss, labelled = torch.zeros(2, device=h.device)
+        return loss, torch.zeros_like(h) if need_grad else None, labelled
 
     return run_sweep(sweep, h, w, ids, weights, tau)
 
