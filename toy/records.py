@@ -9,6 +9,8 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,23 +91,29 @@ def scene_records(name: str, split: str, scene: Scene, masks: list, rng) -> dict
     return out
 
 
+def make_scene(images: Path, split: str, i: int) -> dict[str, str]:
+    """Draw and save the i-th image of a split -> lines of JSON, by suffix of their file."""
+    rng = np.random.default_rng(SEEDS[split] + i)
+    scene = sample_scene(rng, lambda scene: fits(split, scene))
+    pixels, masks = render(scene, rng)
+    name = f"{split}_{i:05d}"
+    Image.fromarray(pixels).save(images / f"{name}.png", compress_level=1)
+    return {suffix: "".join(json.dumps(r) + "\n" for r in own)
+            for suffix, own in scene_records(name, split, scene, masks, rng).items()}
+
+
 def build(folder: Path) -> None:
     """Write the whole data folder, which must not exist; it gets its name when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parent, ProcessPoolExecutor() as pool:
         temporary = Path(parent) / folder.name
         (temporary / "images").mkdir(parents=True)
         for split, count in SPLITS.items():
             lines = defaultdict(list)
-            for i in range(count):
-                rng = np.random.default_rng(SEEDS[split] + i)
-                scene = sample_scene(rng, lambda scene, split=split: fits(split, scene))
-                pixels, masks = render(scene, rng)
-                name = f"{split}_{i:05d}"
-                image = temporary / "images" / f"{name}.png"
-                Image.fromarray(pixels).save(image, compress_level=1)
-                for suffix, own in scene_records(name, split, scene, masks, rng).items():
-                    lines[suffix] += [json.dumps(r) + "\n" for r in own]
+            make = partial(make_scene, temporary / "images", split)
+            for scene in pool.map(make, range(count), chunksize=32):
+                for suffix, own in scene.items():
+                    lines[suffix].append(own)
             for suffix, text in lines.items():
                 (temporary / f"{split}{suffix}.jsonl").write_text("".join(text))
         (temporary / "version").write_text(str(VERSION))
