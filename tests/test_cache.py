@@ -297,8 +297,8 @@ def without_data(monkeypatch):
     monkeypatch.setattr(runtime, "start", lambda seed: torch.device("meta"))
     nothing = contextlib.nullcontext
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nothing())  # knows no "meta"
-    for name in ("gather_kernel", "scores_kernel", "finish_kernel", "gradient_kernel"):
-        monkeypatch.setattr(kernels, name, Launch())
+    for name in ("order", "gather", "scores", "finish", "gradient"):
+        monkeypatch.setattr(kernels, f"{name}_kernel", Launch())
     monkeypatch.setattr(
         kernels, "launch_plan", lambda h, w: (*kernels.TILES["sm_80", w.dtype], False, 108)
     )
