@@ -11,6 +11,7 @@ line that names the file and the record.
 """
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -538,7 +539,7 @@ class Records(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         skipped = []
-        for own in [*range(index, len(self)), *range(index)]:
+        for own in itertools.chain(range(index, len(self)), range(index)):
             try:
                 return self._load(own) | dict(skipped=skipped)
             except InputError as error:

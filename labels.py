@@ -565,12 +565,11 @@ def patch_targets(words, lookup):
         index.append(rows.setdefault(patch, len(rows)))
     targets = [_target([tokens for tokens in map(lookup, patch) if tokens]) for patch in rows]
     longest = max([1, *map(len, targets)])                                                  # K
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    weights = torch.zeros(len(rows), longest)
-    for i, target in enumerate(targets):
-        ids[i, : len(target)] = torch.tensor(list(target), dtype=torch.int64)
-        weights[i, : len(target)] = torch.tensor(list(target.values()))
-    return ids[index], weights[index]
+    nothing = [[0] * (longest - len(target)) for target in targets]
+    ids = [[*target, *rest] for target, rest in zip(targets, nothing)]
+    weights = [[*target.values(), *rest] for target, rest in zip(targets, nothing)]
+    return (torch.tensor(ids, dtype=torch.int64)[index],
+            torch.tensor(weights, dtype=torch.float32)[index])
 
 
 def _target(words):
