@@ -23,24 +23,23 @@ language model's word embeddings W (symbols: model.py). Each measure is compared
 
     python probe.py runs/pretrain/ckpt.pt                               # the toy world
     python probe.py runs/caption/ckpt.pt runs/pretrain/ckpt.pt          # side by side
-    python probe.py ckpt.pt --data val.jsonl --image-dir images --images 1000
+    python probe.py ckpt.pt --data val.jsonl --image-dir images --images 1000 --page page.html
     python probe.py llava-hf/llava-1.5-7b-hf --data val.jsonl           # LLaVA, folder or hub name
     python probe.py mm_projector.bin --vision NAME --llm NAME --data val.jsonl
 
 reads:   checkpoints and the backbones that they name; records with regions
-writes:  probe.json beside each checkpoint (a hub name: in runs/NAME), probe.png beside the first
+writes:  probe.json beside each checkpoint (a hub name: in runs/NAME); beside the first probe.png, a
+         picture, and of the toy world page.html, in which one points at patches
 """
-import colorsys
 import json
 import math
-import textwrap
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
 import regex
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -67,8 +66,13 @@ class Args:
     """images to analyse, spread evenly over the records; 0: all"""
     out: str = ""
     """folder for all that is written; none: beside the checkpoint"""
+    # --- pictures
     show: int = 2
     """images in the picture; 0: no picture"""
+    page: str = ""
+    """page.html to write, patches to point at; none: only of the toy world"""
+    page_images: int = 24
+    """images in the page"""
     # --- measures
     coverage: float = 0
     """share of a patch that a region covers to label it; 0: as in training"""
@@ -148,15 +152,21 @@ def average(values, patch):
     return (total / counts.view(-1, *[1] * (values.ndim - 1))).mean(0)
 
 
+def word_vectors(w, tokens):
+    """w_t (words, D) of words given by their tokens, -1 for none (words, longest): the mean of the
+    unit rows of w at the tokens, scaled to length 1."""
+    real = (tokens >= 0).unsqueeze(-1).to(w.device)
+    rows = unit(w[tokens.clamp_min(0).to(w.device)].float()) * real            # (words, longest, D)
+    return unit(rows.sum(1) / real.sum(1))
+
+
 def alignment(h, w, words):
     """Mean over patches of the mean over their words t of cos(h_i, w_t); None without words.
-    h (n, D), w (V, D). w_t: mean of the unit rows of w at the word's tokens, scaled to length 1."""
+    h (n, D), w (V, D)."""
     if not any(words):
         return None
     patch, word, tokens = pairs(words)
-    real = (tokens >= 0).unsqueeze(-1).to(w.device)
-    rows = unit(w[tokens.clamp_min(0).to(w.device)].float()) * real            # (words, longest, D)
-    vectors = unit(rows.sum(1) / real.sum(1))                                   # (words, D)
+    vectors = word_vectors(w, tokens)                                           # (words, D)
     cosines = [(unit(h[i].to(vectors)) * vectors[t.to(w.device)]).sum(1).cpu()
                for i, t in zip(patch.split(2**14), word.split(2**14))]
     return average(torch.cat(cosines), patch).item()
@@ -336,100 +346,69 @@ def analyse(model, z, h, words, args):
         "labelled": len(labelled), "patches": len(flat), "images": len(h)}
 
 
-# ---- picture -------------------------------------------------------------------------------------
+# ---- what picture and page show ------------------------------------------------------------------
 
-PANEL, GAP, LINE = 400, 12, 18              # pixels: side of a panel, space between, line of text
-FONTS = [ImageFont.load_default(size) for size in (14, 12, 11, 10, 9, 8)]
-INK, FRAME = (240, 240, 240), {True: (60, 255, 90), False: (255, 50, 50)}
-LEGEND = ("each patch: its nearest word; framed green: it names the patch, red: it does not, "
-          "no frame: no label")
-
-
-def colour(word, palette):
-    """A colour's name has that colour, each other word the next hue, by the golden ratio."""
-    hue = colorsys.hsv_to_rgb(len(palette) * 0.618034 % 1, 0.7, 0.95)
-    own = ImageColor.getrgb(word) if word in ImageColor.colormap else None
-    return palette.setdefault(word, own or tuple(int(255 * v) for v in hue))
-
-
-def areas(texts, columns):
-    """Patches of one text that touch along edges: a sorted list of patch numbers per area."""
-    area = {i: {i} for i in range(len(texts))}
-    for i in area:
-        for j in [i - columns] * (i >= columns) + [i - 1] * (i % columns > 0):
-            if texts[j] == texts[i] and area[j] is not area[i]:
-                area[j] |= area[i]
-                area |= dict.fromkeys(area[i], area[j])
-    return [sorted(one) for one in {id(one): one for one in area.values()}.values()]
-
-
-def panel(view, grid, texts, right, palette):
-    """The view, each patch tinted for its nearest word texts[i] and framed by right[i], True, False
-    or None. Each is named where words fit, else each area of three patches or more, once."""
-    edges = [[i * PANEL // n for i in range(n + 1)] for n in grid]
-    boxes = [(x0, y0, x1, y1) for y0, y1 in zip(edges[0], edges[0][1:])
-             for x0, x1 in zip(edges[1], edges[1][1:])]
-    image = Image.blend(view, Image.new("RGB", view.size), 0.45)
-    tint, narrow = image.copy(), PANEL // grid[1] < 36
-    for box, text in zip(boxes, texts):
-        ImageDraw.Draw(tint).rectangle(box, fill=colour(text, palette))
-    image = Image.blend(image, tint, 0.45)
-    draw = ImageDraw.Draw(image)
-    for (x0, y0, x1, y1), known in zip(boxes, right):
-        draw.rectangle((x0, y0, x1, y1), outline=(0, 0, 0))
-        if known is not None:
-            draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), None, FRAME[known], 2 - narrow)
-    large = [area for area in areas(texts, grid[1]) if len(area) > 2]
-    for i in [area[len(area) // 2] for area in large] if narrow else range(len(texts)):
-        (x0, y0, x1, y1), text = boxes[i], texts[i]
-        room = PANEL / 4 if narrow else x1 - x0 - 4
-        font = next((f for f in FONTS if f.getlength(text) <= room), FONTS[-1])
-        while font.getlength(text) > room:
-            text = text[:-1]
-        half = font.getlength(text) / 2 + 2
-        place = min(max((x0 + x1) / 2, half), PANEL - half), (y0 + y1) / 2      # inside the panel
-        draw.text(place, text, INK, font, "mm", stroke_width=1, stroke_fill=(0, 0, 0))
-    return image
+NEAR = 5                                    # nearest words of a patch, for the page
 
 
 @torch.inference_mode()
-def panels(model, records, shown, h, words, image_dir, palette):
-    """(the encoder's input, panel) of the records shown; h and words are those of all records."""
-    w, tiles = model.word_embeddings.detach(), []
+def looks(model, records, shown, h, image_dir, atoms):
+    """What extras/picture.py and page.py show of the records shown; h (N, P, D) is of all records.
+
+    -> {texts: words; images: a dict per record}, which holds of its patches
+        view, grid      the encoder's input as an image; rows, columns
+        labels, right   the words that name each patch; whether the nearest is one, None without
+        near, cosines   (P, NEAR): the nearest words, as indices into texts, the best first
+        atoms, weights  (P, K): its decomposition
+        map             (P, len(texts)) int8: 127 times the cosine with every word
+    """
+    w = model.word_embeddings.detach().float()
     ids, texts, _ = word_rows(model.tokenizer, w)
-    nearest = nearest_rows(h[shown].flatten(0, 1), w[ids.to(w.device)], 1)
-    for i, own in zip(shown, nearest.view(len(shown), h.shape[1]).tolist()):
-        named = words[i * len(own): (i + 1) * len(own)]
-        right = [any(ids[j] in tokens for tokens in row) if row else None
-                 for j, row in zip(own, named)]
-        pixels, _ = model_input(records[i], model, image_dir)
-        std, mean = (torch.tensor(t).view(3, 1, 1) for t in (model.image_std, model.image_mean))
+    inputs = [model_input(records[i], model, image_dir) for i in shown]
+    tokens = {word: tuple(word_ids(model.tokenizer, word))
+              for _, named in inputs for row in named for word in row}
+    more = [word for word, own in tokens.items() if own and word not in set(texts)]
+    dictionary = unit(w[ids.to(w.device)])
+    vectors = torch.cat([dictionary, *(word_vectors(w, torch.tensor([tokens[word]]))
+                                       for word in more)])
+    std, mean = (torch.tensor(t).view(3, 1, 1) for t in (model.image_std, model.image_mean))
+    images = []
+    for i, (pixels, named) in zip(shown, inputs):
         pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        view = Image.fromarray(pixels.contiguous().numpy())
-        resample = Image.NEAREST if 2 * view.width <= PANEL else Image.LANCZOS
-        view = view.resize((PANEL, PANEL), resample)
-        tiles.append((view, panel(view, model.grid, [texts[j] for j in own], right, palette)))
-    return tiles
+        x = unit(h[i].to(vectors))                                              # (P, D)
+        cosines = x @ vectors.T
+        best, near = cosines[:, : len(ids)].topk(min(NEAR, len(ids)))
+        chosen, weights, _ = matching_pursuit(x, dictionary, min(atoms, len(ids)))
+        own = [[word for word in row if tokens[word]] for row in named]
+        right = [any(token in tokens[word] for word in row) if row else None
+                 for token, row in zip(ids[near[:, 0].cpu()].tolist(), own)]
+        images.append(dict(
+            view=Image.fromarray(pixels.contiguous().numpy()), grid=model.grid, labels=own,
+            right=right, near=near.cpu(), cosines=best.cpu(), atoms=chosen.cpu(),
+            weights=weights.cpu(), map=(127 * cosines).round().to(torch.int8).cpu()))
+    return {"texts": [*texts, *more], "images": images}
 
 
-def sheet(records, columns, names):
-    """The picture: a row per record, the encoder's input and each checkpoint's panel, a caption."""
-    height, step = PANEL + 2 * LINE + GAP, PANEL + GAP
-    size = (1 + len(columns)) * step + GAP, (len(records) + 1) * height - PANEL
-    image = Image.new("RGB", size, (24, 24, 28))
-    draw = ImageDraw.Draw(image)
-    for n, title in enumerate(["the encoder's input", *names]):
-        draw.text((GAP + n * step, 4), title, INK, FONTS[0])
-    for n, record in enumerate(records):
-        top = LINE + GAP + n * height
-        for c, tile in enumerate([columns[0][n][0], *(column[n][1] for column in columns)]):
-            image.paste(tile, (GAP + c * step, top))
-        phrases = dict.fromkeys(region["phrase"] for region in record.get("regions") or [])
-        caption = f"{record['image']}:  {' | '.join(phrases) or '(no regions)'}"
-        lines = textwrap.wrap(caption, image.width // 7, max_lines=2, placeholder=" ...")
-        draw.text((GAP, top + PANEL + 2), "\n".join(lines), INK, FONTS[1])
-    draw.text((GAP, image.height - LINE - 2), LEGEND, INK, FONTS[1])
-    return image
+def write_picture(path, names, captions, looks, shown):
+    """The still picture of the images `shown`: a panel for each checkpoint."""
+    from extras import picture
+
+    columns = [[(one["view"].resize([picture.PANEL] * 2, resample(one["view"], picture.PANEL)),
+                 one["grid"], [look["texts"][i] for i in one["near"][:, 0].tolist()], one["right"])
+                for one in (look["images"][i] for i in shown)] for look in looks]
+    with runtime.atomic(path) as temporary:
+        picture.sheet([captions[i] for i in shown], columns, names).save(temporary, format="PNG")
+
+
+def resample(view, side):
+    """How a view becomes larger: small ones with sharp edges."""
+    return Image.Resampling.NEAREST if 2 * view.width <= side else Image.Resampling.LANCZOS
+
+
+def caption(record):
+    """A record's image and phrases."""
+    phrases = dict.fromkeys(region["phrase"] for region in record.get("regions") or [])
+    return f"{record['image']}:  {' | '.join(phrases) or '(no regions)'}"
 
 
 # ---- table and main ------------------------------------------------------------------------------
@@ -459,8 +438,8 @@ def scores(r):
     return column | {"words per patch": f"{r['words_per_patch']:.2f} {labelled}"}
 
 
-def probe(path, file, records, shown, image_dir, palette, args, device):
-    """Write a checkpoint's probe.json -> (it, panels of the records shown). Its model is freed."""
+def probe(path, file, records, shown, image_dir, args, device):
+    """Write a checkpoint's probe.json -> (it, `looks` of the records shown). Its model is freed."""
     from hf import opened
 
     with opened(path, args.vision, args.llm) as checkpoint:
@@ -470,11 +449,11 @@ def probe(path, file, records, shown, image_dir, palette, args, device):
     z, h, words = collect(model, records, image_dir)
     if shown and model.grid is None:
         raise runtime.InputError(f"{path}: its projector's outputs have no places in the image;"
-                                 " use --show 0")
+                                 " use --show 0, without --page")
     result = {"checkpoint": str(path)} | analyse(model, z, h, words, args)
     with runtime.atomic(file) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    return result, panels(model, records, shown, h, words, image_dir, palette)
+    return result, shown and looks(model, records, shown, h, image_dir, args.atoms)
 
 
 def check_units(records, source, image_dir):
@@ -493,7 +472,8 @@ def main(args):
     """Analyse the checkpoints one after another; write their numbers and the picture."""
     device = runtime.start(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = False       # the pursuit needs float32's whole mantissa
-    runtime.check_lowest(args, images=0, show=0, coverage=0, atoms=1, pursuit_patches=0)
+    runtime.check_lowest(args, images=0, show=0, coverage=0, atoms=1, pursuit_patches=0,
+                         page_images=1)
     if args.coverage > 1:
         raise runtime.InputError(f"--coverage {args.coverage} is a share of a patch, at most 1")
     source = Path(args.data)
@@ -507,23 +487,31 @@ def main(args):
         raise runtime.InputError(f"{source}: no record has an image: nothing to analyse")
     records = runtime.spread(records, args.images)
     check_units(records, source, image_dir)
-    with_regions = [i for i, r in enumerate(records) if r.get("regions")]
-    shown = runtime.spread(with_regions or range(len(records)), args.show) if args.show else []
     names, files = runtime.outputs(args.checkpoints, args.out, "probe.json")
-    written, palette = [file for file, in files], {}
+    written = [file for file, in files]
+    page = args.page or ("" if args.data or not args.show else str(written[0].parent / "page.html"))
+    with_regions = [i for i, r in enumerate(records) if r.get("regions")] or range(len(records))
+    count = max(args.show, args.page_images if page else 0)
+    shown = runtime.spread(with_regions, count) if count else []
     for file in written:
         runtime.lock(file)
-    results, columns = zip(*(probe(path, file, records, shown, image_dir, palette, args, device)
-                             for path, file in zip(args.checkpoints, written)))
+    results, seen = zip(*(probe(path, file, records, shown, image_dir, args, device)
+                          for path, file in zip(args.checkpoints, written)))
     table = [scores(result) for result in results]
     rows = [[title, *(column.get(title) for column in table)] for title in table[0]]
     runtime.log(runtime.table([["", *names], *rows]))
     runtime.log("A score counts above chance or control. H below Z is compression, unless H centred"
                 " is near 0.\nPursuit that gains after 1 atom: a patch holds several words.")
-    if shown:
+    captions = [caption(records[i]) for i in shown]
+    if args.show:
         written.append(written[0].parent / "probe.png")
-        with runtime.atomic(written[-1]) as temporary:
-            sheet([records[i] for i in shown], columns, names).save(temporary, format="PNG")
+        drawn = runtime.spread(range(len(shown)), args.show)
+        write_picture(written[-1], names, captions, seen, drawn)
+    if page:
+        from extras.page import write
+
+        write(page, names, captions, seen)
+        written.append(page)
     runtime.finished(written, f"look at {written[-1]}")
 
 

@@ -1,7 +1,9 @@
 """probe.py against closed forms and worked examples, and on a model whose answers are known."""
 
+import base64
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import probe
 import runtime
+from extras import page, picture
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -272,54 +275,74 @@ def write_data(folder, regions=True):
     return records
 
 
-def test_panel_shows_each_word_where_the_patch_is(tmp_path):
+def test_looks_tell_of_each_patch_its_words_where_it_is(tmp_path):
     records, model, images = write_data(tmp_path), Model(), tmp_path / "images"
     z, h, words = probe.collect(model, records, images, batch_size=1)
     assert z.shape == (2, 16, 3) and h.shape == (2, 16, 24)
     assert [i for i, row in enumerate(words) if row] == [7, 8, 20, 27]  # (row 1, column 3), (2, 0)
-    (view, panel), (_, second) = probe.panels(model, records, [0, 1], h, words, images, {})
-    assert view.size == panel.size == (probe.PANEL, probe.PANEL)
-    side = probe.PANEL // 4
-    middle = {
-        (r, c): view.getpixel((c * side + side // 2, r * side + side // 2))
-        for r in range(4)
-        for c in range(4)
-    }
-    red, blue = middle.pop((1, 3)), middle.pop((2, 0))
-    assert red[0] > 240 > 20 > red[2] and blue[2] > 240 > 20 > blue[0]
-    assert all(abs(v - 128) < 9 for colour in middle.values() for v in colour)
-    for row, column, sign, frame in ((1, 3, 1, True), (2, 0, -1, False)):
-        x, y = column * side, row * side
-        tint = panel.getpixel((x + 15, y + 15))
-        assert sign * (tint[0] - tint[2]) > 60
-        assert panel.getpixel((x + 2, y + side // 2)) == probe.FRAME[frame]
-    assert panel.getpixel((2, side // 2)) not in probe.FRAME.values()
-    assert second.getpixel((3 * side + 2, 2 * side + side // 2)) == probe.FRAME[True]
-    grey = {panel.getpixel((c * side + 15, r * side + 15)) for r in (1, 2) for c in (1, 2)}
-    assert len(grey) == 1
-    ((upside, alone),) = probe.panels(model, records, [1], h, words, images, {})
-    assert np.array_equal(upside, np.asarray(view)[::-1])
-    assert np.array_equal(alone, second)  # its own patches and words
+    seen = probe.looks(model, records, [0, 1], h, images, 3)
+    texts, (first, second) = seen["texts"], seen["images"]
+    pixels = np.asarray(first["view"], int)
+    assert (abs(pixels[10:20, 30:] - (255, 0, 0)) < 9).all()
+    assert (abs(pixels[20:30, :10] - (0, 0, 255)) < 9).all()
+    assert (abs(pixels[:10] - 128) < 9).all()
+    assert np.array_equal(second["view"], pixels[::-1])
+    nearest = [texts[i] for i in first["near"][:, 0].tolist()]
+    assert nearest == ["grey"] * 7 + ["red", "blue"] + ["grey"] * 7
+    assert first["right"] == [None] * 7 + [True, False] + [None] * 7
+    assert second["right"] == [None] * 4 + [False] + [None] * 6 + [True] + [None] * 4
+    assert first["labels"][7] == first["labels"][8] == ["red"] and not first["labels"][0]
+    w = F.normalize(model.word_embeddings.double(), dim=1)
+    rows = w[[TOKENS.index("Ġ" + text) for text in texts]]
+    cosines = F.normalize(h.double(), dim=2) @ rows.T
+    assert (first["map"] / 127 - cosines[0]).abs().max() < 0.005
+    torch.testing.assert_close(first["cosines"].double(), cosines[0].topk(5).values)
+    assert torch.equal(first["atoms"][:, 0], first["near"][:, 0])
+    assert first["weights"][:, 0].tolist() == pytest.approx([1] * 16)
+
+
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 def test_areas_are_connected_along_edges_and_do_not_wrap():
-    assert sorted(probe.areas("abaaabccb", 3)) == [[0, 3, 4], [1], [2], [5, 8], [6, 7]]
-    assert sorted(probe.areas("abaaaa", 3)) == [[0, 2, 3, 4, 5], [1]]  # joined below
+    assert sorted(picture.areas("abaaabccb", 3)) == [[0, 3, 4], [1], [2], [5, 8], [6, 7]]
+    assert sorted(picture.areas("abaaaa", 3)) == [[0, 2, 3, 4, 5], [1]]  # joined below
 
 
-@pytest.mark.parametrize(
-    ("side", "texts"),
-    [
-        (16, ["a"] * 128 + [""] * 127 + ["a"]),  # narrow: areas of three and more
-        (4, [""] * 15 + ["a"]),
-    ],
-)  # wide: every patch
-def test_panel_names_areas_of_narrow_patches_and_each_wide_patch(side, texts):
-    view = Image.new("RGB", (probe.PANEL, probe.PANEL), (90, 90, 90))
-    black = {"a": (0, 0, 0), "": (0, 0, 0)}
-    plain = probe.panel(view, (side, side), texts, [None] * side**2, black)
-    bright = (np.asarray(plain).max(2) > 200).nonzero()
-    assert len(bright[0]) and np.ptp(bright[0]) < 25 and np.ptp(bright[1]) < 25  # one name
+def test_panel_outlines_each_area_and_leaves_the_photograph():
+    view = Image.new("RGB", (picture.PANEL, picture.PANEL), (90, 90, 90))
+    texts = ["dog", "dog", "dog", "cat"] * 2 + ["dog"] * 8
+    right = [True] * 3 + [None] + [True] * 3 + [None] + [False] * 8
+    drawn, side = picture.panel(view, (4, 4), texts, right), picture.PANEL // 4
+    for x, y, frame in ((1, 50, True), (3 * side - 2, 50, True), (3 * side + 1, 50, None),
+                        (50, 2 * side - 2, True), (50, 2 * side + 1, False)):
+        assert drawn.getpixel((x, y)) == picture.FRAME[frame]
+    for inner in ((side, 10), (50, side), (2 * side, side + 30), (side, 3 * side)):
+        assert drawn.getpixel(inner) == (90, 90, 90)  # no line within an area
+    assert (np.asarray(drawn) == 90).all(2).mean() > 0.9
+
+
+@pytest.mark.parametrize("columns", [8, 16])
+def test_words_are_legible_stand_on_their_own_area_and_never_collide(columns, monkeypatch):
+    rng, boxes = np.random.default_rng(0), []
+
+    def placed(text, own, taken, place=picture.place):
+        spot = place(text, own, taken)
+        if spot:
+            boxes.append((text, *spot, own))
+        return spot
+
+    monkeypatch.setattr(picture, "place", placed)
+    view = Image.new("RGB", (picture.PANEL, picture.PANEL))
+    texts = rng.choice(["a", "checkered", "photographer", "dog"], columns**2).tolist()
+    picture.panel(view, (columns, columns), texts, rng.choice([True, False], columns**2).tolist())
+    assert len(boxes) > 10
+    for i, (text, box, font, own) in enumerate(boxes):
+        x0, y0, x1, y1 = box
+        assert font.size >= 12 and font.getlength(text) <= x1 - x0
+        assert 0 <= x0 and 0 <= y0 and x1 <= picture.PANEL and y1 <= picture.PANEL
+        assert sum(picture.overlap(box, one) for one in own) > 0.5 * (x1 - x0) * (y1 - y0)
+        assert not any(picture.overlap(box, other[1]) for other in boxes[:i])
 
 
 def test_words_of_the_dictionary():
@@ -336,10 +359,11 @@ def test_words_of_the_dictionary():
 # ---- the whole stage -----------------------------------------------------------------------------
 
 
-def probed(folder, monkeypatch, regions=True, model=Model, **flags):
-    """probe.main on two checkpoints of the model -> their probe.json."""
+def probed(folder, monkeypatch, regions=True, model=Model, first=None, **flags):
+    """probe.main on two checkpoints of the model, or one of `first` -> their probe.json."""
     write_data(folder, regions)
-    monkeypatch.setattr(probe, "load_checkpoint", lambda path, device, dtype: (model(), {}))
+    monkeypatch.setattr(probe, "load_checkpoint", lambda path, device, dtype: (
+        (first if first and "plain" in str(path) else model)(), {}))
     files = [folder / name / "ckpt.pt" for name in ("plain", "labelled")]
     for file in files:
         file.parent.mkdir()
@@ -370,8 +394,8 @@ def test_main_writes_the_agreed_keys_the_picture_and_the_table(tmp_path, monkeyp
     assert pursuit["explained"][0] == pytest.approx(1) and len(pursuit["control"]) == 3
     assert pursuit["control"][0] < 0.8
     with Image.open(tmp_path / "plain" / "probe.png") as image:
-        height = probe.PANEL + 4 * probe.LINE + 2 * probe.GAP
-        assert image.size == (3 * probe.PANEL + 4 * probe.GAP, height)
+        height = picture.PANEL + 4 * picture.LINE + 3 * picture.GAP
+        assert image.size == (2 * picture.PANEL + 3 * picture.GAP, height)
     printed = capsys.readouterr().out.strip().splitlines()
     assert printed[0].split() == ["plain", "labelled"]
     assert any(line.startswith("recall@1 ") and line.count(" 0.500 (") == 2 for line in printed)
@@ -462,3 +486,132 @@ def test_outputs_never_collide(tmp_path):
     ]
     with pytest.raises(runtime.InputError, match="two of them would be written to one file"):
         outputs(["a/ckpt.pt", "./a/ckpt.pt"], "o")
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+class Grey(Model):
+    """Sees red nowhere: each patch is grey, a little blue."""
+
+    def projector(self, z):
+        w = self.word_embeddings
+        return (F.normalize(w[3], dim=0) + 0.1 * F.normalize(w[2], dim=0)).expand(*z.shape[:2], -1)
+
+
+def written_page(folder, monkeypatch):
+    """The page of Grey and Model on two images -> (its file, its data)."""
+    file = folder / "page.html"
+    probed(folder, monkeypatch, first=Grey, page=str(file))
+    text = file.read_text()
+    start = text.index('id="data">') + len('id="data">')
+    return file, json.loads(text[start:text.index("</script>", start)])
+
+
+def test_page_holds_what_the_looks_hold(tmp_path, monkeypatch):
+    file, data = written_page(tmp_path, monkeypatch)
+    assert [c["name"] for c in data["checkpoints"]] == ["plain", "labelled"]
+    assert data["words"][0] == "red" and data["mapped"] == len(data["words"])
+    assert len(data["views"]) == len(data["captions"]) == 2  # shared by the checkpoints
+    grey, own = (c["images"][0] for c in data["checkpoints"])
+    assert own["right"] == "-------10-------" and grey["right"] == "-------00-------"
+    assert own["labels"][7] == [0] and own["labels"][0] == []
+    maps = np.frombuffer(base64.b64decode(own["map"]), np.int8).reshape(16, data["mapped"])
+    assert maps[7, 0] == 127 and data["words"][maps[8].argmax()] == "blue"
+    assert [data["words"][own["near"][5 * i]] for i in (0, 7, 8)] == ["grey", "red", "blue"]
+    assert own["cosines"][35] == own["weights"][21] == 1000
+
+
+def test_page_takes_any_text_and_keeps_its_size(tmp_path, monkeypatch):
+    seen = {"texts": ["</script><b>", "dog", "cat"], "images": [dict(
+        view=Image.new("RGB", (300, 300)), grid=(16, 16), labels=[["dog"]] * 256,
+        right=[True] * 256, near=torch.zeros(256, 2, dtype=torch.int64),
+        cosines=torch.rand(256, 2), atoms=torch.ones(256, 2, dtype=torch.int64),
+        weights=torch.rand(256, 2), map=torch.ones(256, 3, dtype=torch.int8))]}
+    monkeypatch.setattr(page, "ROOM", 2 * 256)
+    page.write(tmp_path / "page.html", ["x"], ["<img> & </script>"], [seen])
+    text = (tmp_path / "page.html").read_text()
+    start = text.index('id="data">') + len('id="data">')
+    data = json.loads(text[start:text.index("</script>", start)])
+    assert data["words"] == ["dog", "</script><b>"] and data["mapped"] == 2  # no room for the cat
+    assert data["captions"] == ["<img> & </script>"]
+    assert len(base64.b64decode(data["checkpoints"][0]["images"][0]["map"])) == 2 * 256
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not chromium:
+        pytest.skip("no chromium here")
+    with playwright.sync_playwright() as driver:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = driver.chromium.launch(executable_path=chromium, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [360, 1100])
+def test_page_in_a_browser(tmp_path, monkeypatch, browser, width):
+    file, _ = written_page(tmp_path, monkeypatch)
+    tab, said = browser.new_page(viewport={"width": width, "height": 800}), []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(file.as_uri())
+
+    def shown(identity):
+        return tab.locator(f"#{identity}").inner_text()
+
+    def cell(i):
+        return tab.locator(f".cell[data-i='{i}']")
+
+    def colour(i):
+        return cell(i).evaluate("cell => getComputedStyle(cell).backgroundColor")
+
+    # pointing, keeping, arrow keys
+    cell(7).hover()
+    assert shown("where") == "Patch in row 2, column 4" and "Wrong" in shown("verdict")
+    assert shown("near").split()[:2] == ["grey", "0.995"] and shown("own") == "red"
+    cell(8).click()
+    cell(1).hover()
+    assert shown("where").startswith("Patch in row 3, column 1")  # kept
+    tab.keyboard.press("ArrowUp")
+    assert shown("where").startswith("Patch in row 2, column 1")
+    assert tab.evaluate("document.activeElement.dataset.i") == "4"
+    assert cell(4).get_attribute("aria-label").startswith("row 2, column 1: grey, ")
+    tab.keyboard.press("Escape")
+    cell(7).hover()
+    assert shown("where").startswith("Patch in row 2, column 4")
+
+    # the other checkpoint, in place
+    tab.get_by_label("labelled").check()
+    assert "Right" in shown("verdict") and shown("near").split()[:2] == ["red", "1.000"]
+    assert shown("score").startswith("1 of 2 labelled")
+    assert "Right" not in shown("legend")
+
+    # a word, typed or from the patch
+    assert colour(7) == "rgba(0, 0, 0, 0)"
+    tab.get_by_label("Where is the word").fill("red")
+    assert shown("legend").startswith("Cosine with “red”")
+    assert colour(7) != colour(0) == colour(1) != "rgba(0, 0, 0, 0)"
+    tab.locator("#near button").nth(1).click()
+    assert "Cosine with “red”" not in shown("legend")
+    tab.get_by_label("Where is the word").fill("nonsense")
+    tab.keyboard.press("Enter")
+    assert "not among" in shown("legend")
+    tab.get_by_role("button", name="Clear").click()
+    assert colour(7) == "rgba(0, 0, 0, 0)" and not shown("legend")
+
+    # right and wrong, the other image, nothing wider than the window, nothing to complain of
+    shadow = "cell => getComputedStyle(cell).boxShadow"
+    tab.get_by_role("button", name="Image 1").click()
+    cell(0).hover()
+    assert "rgb(60, 255, 90)" in cell(7).evaluate(shadow)
+    assert "rgb(255, 50, 50)" in cell(8).evaluate(shadow)
+    tab.get_by_label("Right and wrong").uncheck()
+    assert cell(8).evaluate(shadow) == "none"
+    tab.get_by_role("button", name="Image 2").click()
+    assert "two.png" in shown("caption") and cell(4).get_attribute("class").split()[1] == "no"
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert not said
+    tab.close()
