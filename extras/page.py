@@ -13,7 +13,7 @@ from pathlib import Path
 import runtime
 
 ROOM = 3_600_000    # bytes of cosines: a page of 24 images and two checkpoints has at most 8 MB
-SMALL = 128         # pixels: smaller images are stored without loss and shown with sharp edges
+SMALL = 100         # pixels: smaller images are stored without loss and shown with sharp edges
 
 
 def source(view):
