@@ -2,6 +2,7 @@
 
     python annotate.py --from coco --instances instances.json --panoptic panoptic.json \\
            --captions captions.json --image-dir train2017 --out coco.jsonl       # any of the three
+    ... --instances i.json --captions c.json ... --conversations coco   # and stage 2's records
     python annotate.py --from flickr30k --data flickr30k_entities --image-dir images --out f.jsonl
     python annotate.py --from grandf --data OpenPsgGCG_train.json --image-dir images --out g.jsonl
     python annotate.py --from refcoco --data "refs(unc).p" --instances instances.json --split val \\
@@ -21,7 +22,8 @@ Boxes that look like another unit end the run. A JSON file is read whole, about 
 memory, by each process.
 
 reads:  the annotation files, and every image once, since a broken one would stop training
-writes: OUT, records as JSONL; OUT.problems; with --inspect also OUT with the ending .png
+writes: OUT, records as JSONL; OUT.problems; with --inspect also OUT with the ending .png;
+        with --conversations a folder (annotations/conversations.py)
 """
 import contextlib
 import dataclasses
@@ -31,6 +33,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,7 +51,8 @@ from runtime import InputError
 # ---- Args ----------------------------------------------------------------------------------------
 
 USES = {                                            # the flags that each source reads
-    "coco": {"instances", "panoptic", "captions", "captions_per_image", "to", "boxes_on"},
+    "coco": {"instances", "panoptic", "captions", "captions_per_image", "to", "boxes_on",
+             "conversations"},
     "flickr30k": {"data", "split", "captions_per_image", "to", "resized", "boxes_on"},
     "grandf": {"data", "boxes_on"},
     "refcoco": {"data", "instances", "captions", "captions_per_image", "split", "to", "boxes_on"},
@@ -86,6 +90,8 @@ class Args:
     """COCO's panoptic file, beside the folder of its PNG files"""
     captions: str = ""
     """COCO's captions file"""
+    conversations: str = ""
+    """coco: folder for stage 2's records too, in splits of the images"""
     resized: bool = False
     """flickr30k: images were resized; boxes are scaled to them"""
     # --- images
@@ -104,7 +110,9 @@ class Args:
     # --- images, inspect
     stop_words: str = ""
     """words that name nothing: a file, or none; else English"""
-    # --- inspect: the encoder's input, as for pretrain.py
+    # --- inspect, dry run: the encoder's input, as for pretrain.py
+    dry_run: int = 0
+    """only draw the labels of this many images, and say how long all would take"""
     vision: str = ""
     """encoder; none: a grid of 16 x 16"""
     image_size: int = 0
@@ -113,14 +121,14 @@ class Args:
     """kind"""
     pool: int = 2
     """pixel_shuffle, c_abstractor: one patch of pool x pool"""
-    geometry: str = field(default="crop", metadata={"choices": list(GEOMETRIES)})
-    """how an image becomes a square"""
+    geometry: str = field(default="", metadata={"choices": ["", *GEOMETRIES]})
+    """how an image becomes a square; none: crop, of conversations pad"""
     coverage: float = 0.25
     """share of a patch that a region must cover to label it"""
 
 
 SEEN = {"image_size", "projector", "pool"}          # of the encoder of --vision
-LOOK = {"inspect", "vision", "geometry", "coverage"} | SEEN         # these do not change OUT
+LOOK = {"inspect", "vision", "geometry", "coverage", "dry_run"} | SEEN      # do not change OUT
 TO = {"refer": ("flickr30k", "refcoco"), "caption": ("coco", "flickr30k", "refcoco")}
 
 
@@ -135,31 +143,39 @@ def check(args: Args) -> None:
         flag = f"--{f.name.replace('_', '-')}"
         if getattr(args, f.name) == f.default:
             continue
-        if f.name == "stop_words" and args.inspect:
+        if f.name == "stop_words" and args.inspect or f.name == "geometry" and args.conversations:
             continue
-        if f.name in LOOK and not args.inspect:
-            raise InputError(f"{flag} is read by --inspect alone")
+        if f.name in LOOK and not (args.inspect or args.dry_run):
+            raise InputError(f"{flag} is read by --inspect and --dry-run alone")
         if f.name not in USES[args.from_] | LOOK | {"from_", "out", "image_dir"}:
             source = f"by --from {args.from_}" if args.from_ else "without --from"
             raise InputError(f"{flag} is not read {source}")
         if f.name in SEEN and not args.vision:
             raise InputError(f"{flag} is not read without --vision, an encoder")
-    if args.inspect and args.to in TO:
-        raise InputError(f"--inspect draws regions, which records of --to {args.to} do not have")
+    for flag in ("inspect", "dry_run"):
+        if getattr(args, flag) and args.to in TO:
+            raise InputError(f"--{flag.replace('_', '-')} draws regions, which records of --to"
+                             f" {args.to} do not have")
+    if args.dry_run and not args.from_:
+        raise InputError("--dry-run needs --from, what to convert")
+    if args.conversations and (args.to in TO or not (args.instances or args.panoptic)):
+        raise InputError("--conversations are made of --instances or --panoptic, and not with --to")
     if args.to in TO and args.from_ not in TO[args.to]:
         raise InputError(f"--to {args.to} is made of {', '.join(TO[args.to])} alone")
     if args.from_ in ("grandf", "llava") and not Path(args.data).is_file():
         raise InputError(f"--from {args.from_} needs --data, a file; {args.data!r} is none")
     if not Path(args.image_dir or "/dev/null").is_dir():
         raise InputError(f"--image-dir {args.image_dir!r} is not a folder")
-    if args.from_ and Path(args.out).exists() and not parts_of(Path(args.out)):
+    made = args.from_ and not args.dry_run and Path(args.out).exists()
+    if made and not parts_of(Path(args.out)):
         raise InputError(f"{args.out} exists; delete it to make it again, or look at it with"
                          " --inspect and without --from")
     if not 0 < args.coverage <= 1:
         raise InputError(f"--coverage {args.coverage} is a share of a patch, above 0 and at most 1")
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold} is a score, from 0 to 1")
-    runtime.check_lowest(args, batch_size=1, captions_per_image=0, inspect=0, pool=1)
+    runtime.check_lowest(args, batch_size=1, captions_per_image=0, inspect=0, dry_run=0,
+                         pool=1)
 
 
 # ---- parts, then the whole -----------------------------------------------------------------------
@@ -315,13 +331,42 @@ def merge(source, out: Path) -> tuple[int, list[str], Counter]:
 # ---- main ----------------------------------------------------------------------------------------
 
 
-def convert(args: Args, out: Path) -> None:
-    """Make OUT: each process its part, the first one the whole."""
+def read(args: Args):
+    """The source. InputError: of no images, or of boxes in another unit."""
     source = importlib.import_module(f"annotations.{args.from_}").read(args)
     if not source.count:
         raise InputError(f"--from {args.from_}: no images")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     source.check_units()
+    return source
+
+
+def dry_run(args: Args) -> list[Path]:
+    """Convert a few images, to files beside OUT, and say how long all would take."""
+    source, out, rows = read(args), Path(args.out).with_suffix(".dry-run.jsonl"), []
+    numbers = runtime.spread(list(range(source.count)), args.dry_run)
+    took = -time.monotonic()
+    for some in tqdm(runtime.split(numbers, source.batch), desc="annotate"):
+        rows += source.convert(some)
+    took += time.monotonic()
+    records, problems = ([one for row in rows for one in row[i]] for i in (0, 1))
+    for problem in problems[:10]:
+        print("  " + problem)
+    if not records:
+        raise InputError(f"no record could be made of {len(numbers)} images")
+    with runtime.atomic(out) as temporary:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
+    each = took / len(numbers)
+    print(f"{len(records)} records of {len(numbers)} images, {len(problems)} problems; {each:.2g} s"
+          f" an image: all {source.count} take about {each * source.count / 60:.0f} minutes in one"
+          " process")
+    return [out]
+
+
+def convert(args: Args, out: Path) -> None:
+    """Make OUT: each process its part, the first one the whole."""
+    source = read(args)
     runtime.lock(out)
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in LOOK}
     write_part(source, out, flags | dict(images=source.count, inputs=fingerprint(source.inputs)))
@@ -334,17 +379,29 @@ def convert(args: Args, out: Path) -> None:
             print(f"  {n} {what}")
         for problem in problems[:10]:
             print("  " + problem)
+        if args.conversations:
+            from annotations.conversations import write
+
+            folder = Path(args.conversations)
+            for line in write(out, folder, source, args.image_dir, args.geometry or "pad"):
+                print(line)
 
 
 def main(args: Args) -> None:
     """Convert, put together, report, inspect."""
     check(args)
-    seen = ()
-    if args.inspect:                                # what is wrong there is said before the work
+    seen, out, drawn = (), Path(args.out), False
+    view = dataclasses.replace(args, geometry=args.geometry or "crop")
+    if args.inspect or args.dry_run:                # what is wrong there is said before the work
         from annotations.picture import grid_of, inspect
 
-        seen = grid_of(args)
-    out = Path(args.out)
+        seen = grid_of(view)
+    if args.dry_run:
+        wrote = dry_run(args)
+        shown = dataclasses.replace(view, out=str(wrote[0]), inspect=args.dry_run)
+        if inspect(shown, *seen):
+            wrote.append(wrote[0].with_suffix(".png"))
+        return runtime.finished(wrote, f"look at {wrote[-1]}, then the same without --dry-run")
     complete = out.exists()                         # maybe with parts, if it was not all deleted
     if args.from_ and runtime.world() > 1:          # ranks only wait for each other, maybe for days
         wait = datetime.timedelta(days=30)
@@ -354,11 +411,13 @@ def main(args: Args) -> None:
         convert(args, out)
     elif args.from_ and runtime.rank() == 0:
         delete(parts_of(out))
-    drawn = args.inspect and runtime.rank() == 0 and inspect(args, *seen)
+    if args.inspect and runtime.rank() == 0:
+        drawn = inspect(view, *seen)
     wrote = [out] * bool(args.from_) + [out.with_suffix(".png")] * bool(drawn)
     stage = ["eval.py", "runs/sft/ckpt.pt"] if args.to in TO else ["pretrain.py"]
-    encoder = ["--vision", args.vision, "--geometry", args.geometry] * bool(args.vision)
-    runtime.finished(wrote or "nothing", ["python", *stage, "--data", out, "--image-dir",
+    encoder = ["--vision", args.vision, "--geometry", view.geometry] * bool(args.vision)
+    data = Path(args.conversations) / "train.jsonl" if args.conversations else out
+    runtime.finished(wrote or "nothing", ["python", *stage, "--data", data, "--image-dir",
                                           args.image_dir, *encoder])
 
 

@@ -3,6 +3,7 @@
     coco.py, flickr30k.py, grandf.py, refcoco.py, llava.py      files of annotations
     images.py       photographs alone, through the open models of detectors.py
     picture.py      what --inspect draws
+    conversations.py            conversations and questions for stage 2, from COCO
 
 A reader is `read(args) -> Source`, with the flags of annotate.py. What is wrong with an image, an
 annotation or a region costs that alone, and becomes a line among the problems. A file that cannot
@@ -46,7 +47,7 @@ class Source:
 
     problems: of the files as a whole. batch: how many images are converted at a time. corners:
     whether boxes are [x0, y0, x1, y1] in the files, not [x, y, width, height]. inputs: the files
-    that all is made of.
+    that all is made of. things, captions: COCO's, for conversations.py.
     """
 
     count: int
@@ -55,6 +56,8 @@ class Source:
     batch: int = 32
     corners: bool = True
     inputs: list = field(default_factory=list)
+    things: set[str] = field(default_factory=set)
+    captions: dict[str, list[str]] = field(default_factory=dict)
 
     def check_units(self) -> None:
         """InputError: the boxes of a sample of images look like another unit or order."""

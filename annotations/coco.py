@@ -138,6 +138,11 @@ def phrase_of(annotation: dict, categories: dict[str, list[dict]], where: str) -
     return category_phrase(categories[id_of(category)][0]["name"])
 
 
+def crowd(annotation: dict) -> dict:
+    """{"crowd": True} of a region of many that COCO did not count, else nothing."""
+    return {"crowd": True} if annotation.get("iscrowd") else {}
+
+
 def name_of(image: dict, image_dir: str) -> str | None:
     """An image's file: its file_name, or as LVIS has it the end of its coco_url."""
     if image.get("file_name") or not isinstance(image.get("coco_url"), str):
@@ -200,7 +205,7 @@ def read(args) -> Source:
                 if not mask.any():
                     raise InputError(f"{spot}: covers no pixel of {path}")
                 phrase = phrase_of(s, categories["panoptic"], spot)
-                regions.append({"phrase": phrase, "rle": encode_rle(mask)})
+                regions.append({"phrase": phrase, "rle": encode_rle(mask), **crowd(s)})
         return regions
 
     def one(number: int, problems: list[str]) -> list[dict]:
@@ -214,7 +219,8 @@ def read(args) -> Source:
             spot = f"{args.instances}: annotation {a.get('id')} of {where}"
             with listed(problems, spot):
                 phrase = phrase_of(a, categories["instances"], spot)
-                regions.append({"phrase": phrase, **shape_of(a, size, spot, problems)})
+                shape = shape_of(a, size, spot, problems)
+                regions.append({"phrase": phrase, **shape, **crowd(a)})
         things = key not in infos.get("instances", {})
         for a in own.get("panoptic", []):
             with listed(problems, f"{args.panoptic}: {where}"):
@@ -226,4 +232,11 @@ def read(args) -> Source:
         return records_of(key, name, captions, regions, args.captions_per_image, problems)
 
     inputs = [*files.values(), *([folder] if args.panoptic else [])]
-    return Source(len(keys), one, problems, corners=False, inputs=inputs)
+    source = Source(len(keys), one, problems, corners=False, inputs=inputs)
+    source.things = {category_phrase(own[0]["name"]) for found in categories.values()
+                     for own in found.values() if own[0].get("isthing", 1)}
+    source.captions = {name_of(own, args.image_dir): [
+        a["caption"].strip() for a in annotations.get("captions", {}).get(key, [])
+        if isinstance(a.get("caption"), str) and a["caption"].strip()]
+        for key, own in images.items()}
+    return source

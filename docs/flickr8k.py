@@ -21,30 +21,17 @@ import argparse
 import gzip
 import json
 import random
-import re
-from collections import Counter
+import sys
 from pathlib import Path
 
-DESCRIBE = "Describe the image."
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from annotations.conversations import DESCRIBE, balanced, conversation, record, words
+
 REFER, EXIST = "Give the bounding box of: {}", "Is there {} in the image?"
 SPLITS = {"train": "train", "dev": "val", "test": "test"}
 COLOURS = set("red orange yellow green blue purple pink white black brown gray grey tan".split())
 NUMBERS = "two three four five".split()
 MARGIN = 0.08  # of a side: how far from a border of halves or thirds an answer is clear
-
-
-def record(image: str, suffix: str, turns: list[tuple[str, str]], **more) -> dict:
-    """A LLaVA record with turns of (request, answer)."""
-    said = [
-        {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)
-    ]
-    said[0]["value"] = "<image>\n" + said[0]["value"]
-    return {"id": Path(image).stem + suffix, "image": image, "conversations": said, **more}
-
-
-def words(text: str) -> list[str]:
-    """Its words, in small letters."""
-    return re.findall(r"\w+", text.lower())
 
 
 def referable(regions: list[dict]) -> dict[str, list[float]]:
@@ -127,38 +114,6 @@ def existence(image: dict, phrases: list[str], rng) -> list[tuple[str, ...]]:
     return [("exist", EXIST.format(p), answer, noun(p)) for p, answer in answers.items()]
 
 
-def balanced(asked: list, rng) -> list:
-    """Without the surplus of frequent answers: (image, kind, question, answer, ..) of which no
-    answer comes more often than its kind's second most frequent; of colours, than the fourth."""
-    totals = Counter((kind, answer) for _, kind, _, answer, _ in asked)
-    kept, count, limits = [], Counter(), {}
-    for kind in {kind for kind, _ in totals}:
-        own = sorted((n for (k, _), n in totals.items() if k == kind), reverse=True)
-        limits[kind] = own[min(4 if kind == "colour" else 2, len(own)) - 1]
-    for item in rng.sample(asked, len(asked)):
-        count[item[1], item[3]] += 1
-        if count[item[1], item[3]] <= limits[item[1]]:
-            kept.append(item)
-    return kept
-
-
-def conversation(image: dict, asked: list, refer: list, rng) -> list[tuple[str, str]]:
-    """At most six turns in random order, of which none gives a later answer away: one question of
-    each kind (two of existence), boxes of phrases."""
-    asked = rng.sample(asked, len(asked))
-    pool = [
-        q for i, q in enumerate(asked) if [p[0] for p in asked[:i]].count(q[0]) <= (q[0] == "exist")
-    ]
-    pool += [("refer", request, answer, "") for request, answer, _ in refer]
-    turns = [(DESCRIBE, rng.choice(image["captions"]))] if rng.random() < 0.5 else []
-    heard = set(words(" ".join(text for turn in turns for text in turn)))
-    for _, question, answer, told in rng.sample(pool, len(pool)):
-        if len(turns) < 6 and told not in heard:
-            turns.append((question, answer))
-            heard |= set(words(question)) | {told or "?"}
-    return turns
-
-
 def main() -> None:
     """Write all files."""
     parser = argparse.ArgumentParser(
@@ -221,7 +176,7 @@ def main() -> None:
     rng = random.Random(0)
     for split, every_question in asked.items():
         kept: dict[str, list] = {}
-        for name, *question in balanced(every_question, rng):
+        for name, *question in balanced(every_question, rng, {"colour": 4}):
             kept.setdefault(name, []).append(tuple(question))
         for image in (i for i in images if SPLITS[i["split"]] == split):
             name = image["image"]
@@ -232,7 +187,9 @@ def main() -> None:
                     lines.setdefault(f"{split}_vqa", []).append(
                         record(name, f"_{kind}{i}", [(request, answer)], **told)
                     )
-            if split != "test" and (turns := conversation(image, own, refers.get(name, []), rng)):
+            if split != "test" and (
+                turns := conversation(image["captions"], own, refers.get(name, []), rng)
+            ):
                 lines.setdefault(f"{split}_sft", []).append(record(name, "", turns))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

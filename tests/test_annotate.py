@@ -921,7 +921,7 @@ def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, here, content, 
         (["--inspect", "1", "--pool", "3"], "--pool is not read without --vision"),
         (
             ["--from", "llava", "--data", "x.json", "--geometry", "pad"],
-            "is read by --inspect alone",
+            "is read by --inspect and --dry-run alone",
         ),
         (["--inspect", "1", "--vision", ROOT / "backbones" / "toy-llama"], "has no patches"),
         (["--inspect", "1", "--coverage", "0"], "--coverage 0.0 is a share"),
