@@ -338,6 +338,7 @@ def read(args: Args):
         raise InputError(f"--from {args.from_}: no images")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     source.check_units()
+    runtime.log(f"--from {args.from_}: {source.count} images")
     return source
 
 

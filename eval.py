@@ -681,6 +681,8 @@ def main(args):
     image_dir = args.image_dir or Path(sources[0]).parent / "images"
     items = read_items(sources, image_dir, args.limit)
     shares = [answerable(path, items, not args.data) for path in args.checkpoints]
+    times = "twice, the second time with grey images" if args.blind else "once"
+    runtime.log(f"{len(items)} records, each answered {times} by {len(shares)} checkpoints")
 
     names, files = runtime.outputs(args.checkpoints, args.out, "eval.json", "predictions.jsonl")
     for scores_file, _ in files:

@@ -221,7 +221,8 @@ def matching_pursuit(x, dictionary, atoms):
     n, width = x.shape
     rows = CHUNK // (4 * max(len(dictionary), atoms * width)) + 1
     if n > rows:
-        parts = [matching_pursuit(chunk, dictionary, atoms) for chunk in x.split(rows)]
+        chunks = tqdm(x.split(rows), desc="pursuit", leave=False)
+        parts = [matching_pursuit(chunk, dictionary, atoms) for chunk in chunks]
         return tuple(map(torch.cat, zip(*parts)))
     dictionary = unit(dictionary.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
     residual = unit(x.to(dictionary))                                           # (n, D)
@@ -373,7 +374,7 @@ def looks(model, records, shown, h, image_dir, atoms):
                                        for word in more)])
     std, mean = (torch.tensor(t).view(3, 1, 1) for t in (model.image_std, model.image_mean))
     images = []
-    for i, (pixels, named) in zip(shown, inputs):
+    for i, (pixels, named) in tqdm(list(zip(shown, inputs)), desc="patches", leave=False):
         pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         x = unit(h[i].to(vectors))                                              # (P, D)
         cosines = x @ vectors.T
@@ -487,6 +488,7 @@ def main(args):
         raise runtime.InputError(f"{source}: no record has an image: nothing to analyse")
     records = runtime.spread(records, args.images)
     check_units(records, source, image_dir)
+    runtime.log(f"{len(records)} images, {len(args.checkpoints)} checkpoints")
     names, files = runtime.outputs(args.checkpoints, args.out, "probe.json")
     written = [file for file, in files]
     page = args.page or ("" if args.data or not args.show else str(written[0].parent / "page.html"))

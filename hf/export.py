@@ -181,6 +181,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def export(checkpoint: str, out: str, dtype: str = "float32") -> None:
     """Checkpoint -> folder `out`, with weights in dtype. InputError: what LLaVA cannot express."""
+    runtime.log(f"loads {checkpoint}, writes {out}, and compares the two models")
     model, _ = load_checkpoint(checkpoint, dtype=getattr(torch, dtype))
     if model.config.get("tune") == "lora":
         merge_lora(model)

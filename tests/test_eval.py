@@ -457,7 +457,7 @@ def test_checkpoints_are_compared_on_the_same_draws(sft, mixed, tmp_path, monkey
         )
         assert d["low"] == pytest.approx(-first["scores"][key]["high"], abs=1e-9)
     assert silent["unread"] == {"mixed": 12} and same["unread"] == {"mixed": 4}
-    assert re.search("silent - first .*same - first", capsys.readouterr().out.splitlines()[0])
+    assert re.search("silent - first .*same - first", capsys.readouterr().out.splitlines()[1])
 
 
 def test_the_frame_of_boxes_is_a_flag_and_a_limit_is_spread(sft, mixed, tmp_path, monkeypatch):

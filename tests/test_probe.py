@@ -397,7 +397,7 @@ def test_main_writes_the_agreed_keys_the_picture_and_the_table(tmp_path, monkeyp
         height = picture.PANEL + 4 * picture.LINE + 3 * picture.GAP
         assert image.size == (2 * picture.PANEL + 3 * picture.GAP, height)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert printed[0].split() == ["plain", "labelled"]
+    assert printed[1].split() == ["plain", "labelled"]
     assert any(line.startswith("recall@1 ") and line.count(" 0.500 (") == 2 for line in printed)
     assert printed[-1].endswith(f"next: look at {tmp_path}/plain/probe.png")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -105,13 +106,16 @@ def make_scene(images: Path, split: str, i: int) -> dict[str, str]:
 def build(folder: Path) -> None:
     """Write the whole data folder, which must not exist; it gets its name when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as parent, ProcessPoolExecutor() as pool:
+    bar = tqdm(total=sum(SPLITS.values()), desc="scenes", leave=False, mininterval=1)
+    with (tempfile.TemporaryDirectory(dir=folder.parent) as parent, ProcessPoolExecutor() as pool,
+          bar):
         temporary = Path(parent) / folder.name
         (temporary / "images").mkdir(parents=True)
         for split, count in SPLITS.items():
             lines = defaultdict(list)
             make = partial(make_scene, temporary / "images", split)
             for scene in pool.map(make, range(count), chunksize=32):
+                bar.update()
                 for suffix, own in scene.items():
                     lines[suffix].append(own)
             for suffix, text in lines.items():
@@ -146,6 +150,8 @@ def ensure(folder: Path = DATA) -> Path:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not built():
                 began = time.time()
+                runtime.log(f"toy world: draws {sum(SPLITS.values())} scenes, once, in about half a"
+                            " minute")
                 clear(folder)
                 build(folder)
                 runtime.log(f"toy world: wrote {sum(SPLITS.values())} scenes to {folder} in"
