@@ -6,17 +6,17 @@
 #   DATA=coco MODELS=models bash docs/own_data.sh     # DINOv2-S and SmolLM2-135M
 #
 # DATA holds instances.json, captions.json, images/ and, if there is one, panoptic.json with its
-# folder. MODELS holds dinov2-small/ and smollm2-135m/ (Hugging Face folders). Writes runs/own/.
-# STEPS: of pretraining, 16 captions each; half as many of fine-tuning.
+# folder. MODELS holds dinov2-small/ and smollm2-135m/ (Hugging Face folders). STEPS: of pretraining,
+# 16 captions each; half as many of fine-tuning. Writes OUT, runs/own unless it is given.
 set -euo pipefail
 data=$(realpath "${DATA:?names a folder of photographs in COCO\'s format}") steps=${STEPS:-120}
 models=${MODELS:+$(realpath "$MODELS")}
 cd "$(dirname "$0")/.."
-out=runs/own images="--image-dir $data/images" panoptic="" backbones=""
+out=${OUT:-runs/own} images="--image-dir $data/images" panoptic="" backbones=""
 [ -e "$data/panoptic.json" ] && panoptic="--panoptic $data/panoptic.json"
 [ "$models" ] && backbones="--vision $models/dinov2-small --llm $models/smollm2-135m \
                             --image-size 112"
-rm -rf "$out"
+[ -e "$out" ] && { echo "error: $out exists; delete it, or name another with OUT" >&2; exit 2; }
 
 run() {  # a command, printed, and its minutes
   echo && echo "\$ $*" && SECONDS=0

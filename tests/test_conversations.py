@@ -1,6 +1,9 @@
 """annotate.py --conversations and --dry-run: true, balanced, by image, and nothing given away."""
 
 import json
+import os
+import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -180,3 +183,15 @@ def test_too_few_images_for_three_splits(tmp_path):
     flags, _ = write_coco(tmp_path, 9)
     with pytest.raises(runtime.InputError, match="9 images are too few"):
         annotated(*flags, "--out", tmp_path / "o.jsonl", "--conversations", tmp_path / "made")
+
+
+@pytest.mark.skipif("COCO_SMALL" not in os.environ, reason="COCO_SMALL: COCO's files and images/")
+def test_the_whole_way_on_photographs(tmp_path):
+    """docs/own_data.sh, two steps: every command, and transformers answers as eval.py does."""
+    script = Path(annotate.__file__).parent / "docs" / "own_data.sh"
+    told = {"DATA": os.environ["COCO_SMALL"], "STEPS": "4", "OUT": str(tmp_path / "own")}
+    environment = os.environ | told
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall(r"^# \d+ min \d+ s$", done.stdout, re.M)) == 8
+    assert "20 of 20 answers are the same to the letter" in done.stdout
