@@ -368,17 +368,18 @@ def looks(model, records, shown, h, image_dir, atoms):
     inputs = [model_input(records[i], model, image_dir) for i in shown]
     tokens = {word: tuple(word_ids(model.tokenizer, word))
               for _, named in inputs for row in named for word in row}
-    more = [word for word, own in tokens.items() if own and word not in set(texts)]
-    dictionary = unit(w[ids.to(w.device)])
-    vectors = torch.cat([dictionary, *(word_vectors(w, torch.tensor([tokens[word]]))
-                                       for word in more)])
+    known, dictionary = set(texts), unit(w[ids.to(w.device)])
+    more = [word for word, own in tokens.items() if own and word not in known]
+    others = torch.cat([dictionary[:0], *(word_vectors(w, torch.tensor([tokens[word]]))
+                                          for word in more)])
     std, mean = (torch.tensor(t).view(3, 1, 1) for t in (model.image_std, model.image_mean))
     images = []
     for i, (pixels, named) in tqdm(list(zip(shown, inputs)), desc="patches", leave=False):
         pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        x = unit(h[i].to(vectors))                                              # (P, D)
-        cosines = x @ vectors.T
-        best, near = cosines[:, : len(ids)].topk(min(NEAR, len(ids)))
+        x = unit(h[i].to(dictionary))                                           # (P, D)
+        cosines = x @ dictionary.T
+        best, near = cosines.topk(min(NEAR, len(ids)))
+        cosines = torch.cat([cosines, x @ others.T], 1)
         chosen, weights, _ = matching_pursuit(x, dictionary, min(atoms, len(ids)))
         own = [[word for word in row if tokens[word]] for row in named]
         right = [any(token in tokens[word] for word in row) if row else None

@@ -44,9 +44,9 @@ def content(names, captions, looks):
     for name, look in zip(names, looks):
         own = {text: i for i, text in reversed(list(enumerate(look["texts"])))}
         columns = [own.get(word, 0) for word in words[:mapped]]
+        texts = [index.get(text) for text in look["texts"]]
         images = []
         for image in look["images"]:
-            texts = [index.get(text) for text in look["texts"]]
             images.append(dict(
                 view=views.setdefault(source(image["view"]), len(views)),
                 small=image["view"].width <= SMALL, rows=image["grid"][0], columns=image["grid"][1],

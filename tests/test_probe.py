@@ -575,8 +575,13 @@ def test_page_in_a_browser(tmp_path, monkeypatch, browser, width):
     cell(8).click()
     cell(1).hover()
     assert shown("where").startswith("Patch in row 3, column 1")  # kept
-    tab.keyboard.press("ArrowUp")
-    assert shown("where").startswith("Patch in row 2, column 1")
+    for key in ("ArrowUp", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowUp", "ArrowLeft"):
+        tab.keyboard.press(key)
+    assert shown("where").startswith("Patch in row 2, column 2")
+    tab.keyboard.press("End")
+    assert shown("where").startswith("Patch in row 2, column 4")
+    tab.keyboard.press("ArrowRight")  # the edge
+    tab.keyboard.press("Home")
     assert tab.evaluate("document.activeElement.dataset.i") == "4"
     assert cell(4).get_attribute("aria-label").startswith("row 2, column 1: grey, ")
     tab.keyboard.press("Escape")
