@@ -23,7 +23,10 @@ from model import load_checkpoint
 
 def gradients(path: str, data: str, images: str, limit: int) -> tuple[float, float, float]:
     """-> (cosine, norm of the captions' gradient, norm of the patches')."""
-    model, _ = load_checkpoint(path)
+    try:
+        model, _ = load_checkpoint(path)
+    except runtime.InputError as error:
+        raise SystemExit(f"error: {error}") from None
     model.config["patch_weight"] = 1  # or the patch loss would have no gradient
     records = model.records(data, images)
     parameters = list(model.projector.parameters())

@@ -613,7 +613,7 @@ def test_page_in_a_browser(tmp_path, monkeypatch, browser, width):
     cell(0).hover()
     assert "rgb(60, 255, 90)" in cell(7).evaluate(shadow)
     assert "rgb(255, 50, 50)" in cell(8).evaluate(shadow)
-    tab.get_by_label("Right and wrong").uncheck()
+    tab.get_by_label("Right (green)").uncheck()
     assert cell(8).evaluate(shadow) == "none"
     tab.get_by_role("button", name="Image 2").click()
     assert "two.png" in shown("caption") and cell(4).get_attribute("class").split()[1] == "no"
