@@ -4,7 +4,7 @@
     python docs/figures.py
 
 reads:  docs/results.json (of reproduce.py), docs/bench.json (of kernels/bench.py, on an H100)
-writes: docs/results.png, docs/bench.png
+writes: docs/results.png, docs/compression.png, docs/bench.png
 """
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"caption-only": "0.55", "patch-aligned": "tab:red", "patch-aligned-cosine": "tab:blue"}
+COLOURS = {"caption-only": "0.55", "patch-aligned": "tab:red"}
 PEERS = {                       # provider: (name, colour)
     "ours: triton": ("ours", "tab:red"), "naive": ("naive", "tab:gray"),
     "naive, compiled": ("naive, compiled", "tab:olive"),
@@ -35,11 +35,10 @@ def changes(axis, results: dict) -> None:
     shown.sort(key=lambda row: row["part"] == "after pretraining")
     names = {"grounding, Acc@0.5": "grounding", "captions, CIDEr": "captions"}
     for y, row in enumerate(shown):
-        for offset, (variant, change) in zip((-0.15, 0.15), row["changes"].items()):
-            scale = change["percent"] / change["difference"] if change["difference"] else 0
-            half = abs(scale * (change["half"] or 0))
-            axis.errorbar(change["percent"], y + offset, xerr=half, fmt="o", capsize=4,
-                          color=COLOURS[variant])
+        change = row["changes"]["patch-aligned"]
+        scale = change["percent"] / change["difference"] if change["difference"] else 0
+        axis.errorbar(change["percent"], y, xerr=abs(scale * (change["half"] or 0)), fmt="o",
+                      capsize=4, color=COLOURS["patch-aligned"])
         if row["paper"]:
             axis.plot(row["paper"], y, "D", markersize=9, markerfacecolor="white", color="black")
     labels = []
@@ -55,19 +54,15 @@ def changes(axis, results: dict) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
-def curve(axis, results: dict) -> None:
-    """Grounding against fine-tuning steps."""
-    points = [row for row in results["rows"] if row["step"] and row["metric"] == "Acc@0.5"]
+def curve(axis, results: dict, part: str, key: str, style: str = "o-") -> None:
+    """A score of both variants against steps of a training."""
+    points = [row for row in results["rows"] if (row["part"], row["key"]) == (part, key)]
     for variant in results["variants"]:
         own = [(row["step"], row["scores"][variant]) for row in points]
         steps, means = [step for step, _ in own], [score["mean"] for _, score in own]
         halves = [score["half"] or 0 for _, score in own]
-        axis.errorbar(steps, means, halves, fmt="o-", capsize=4, color=COLOURS[variant],
+        axis.errorbar(steps, means, halves, fmt=style, capsize=4, color=COLOURS[variant],
                       label=variant)
-    axis.plot([], [], "D", markersize=9, markerfacecolor="white", color="black",
-              label="the paper's change")
-    axis.set_xlabel("fine-tuning steps")
-    axis.set_title("grounding, Acc@0.5", fontsize=13)
     axis.grid(alpha=0.3)
 
 
@@ -76,11 +71,41 @@ def draw_results() -> None:
     results = json.loads((HERE / "results.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.2, 1])
     changes(left, results)
-    curve(right, results)
+    curve(right, results, "along the fine-tuning", "test_refer/Acc@0.5")
+    right.plot([], [], "D", markersize=9, markerfacecolor="white", color="black",
+               label="the paper's change")
+    right.set_xlabel("fine-tuning steps")
+    right.set_title("grounding, Acc@0.5", fontsize=13)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(HERE / "results.png", dpi=110)
+
+
+def draw_compression() -> None:
+    """docs/compression.png: entropy of H along the pretraining, and of Z; where its energy lies."""
+    results = json.loads((HERE / "results.json").read_text())
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4))
+    for axis, title, end in zip(axes, ("entropy per image", "pooled over images",
+                                       "pooled, mean removed"), ("", "_pooled", "_centred")):
+        curve(axis, results, "along the pretraining", f"entropy/projected{end}")
+        whole = next(row for row in results["rows"] if row["key"] == f"entropy/encoder{end}")
+        axis.axhline(whole["scores"]["caption-only"]["mean"], color="black", linestyle=":",
+                     label="Z, before the projector")
+        axis.set_title(title, fontsize=13)
+        axis.set_xlabel("pretraining steps")
+    axes[0].set_ylabel("entropy of H, nats")
+    for name, style in (("shared", "o-"), ("between", "s--")):
+        curve(axes[3], results, "along the pretraining", f"energy/projected/{name}", style)
+    axes[3].plot([], [], "ko-", label="in the mean of all patches")
+    axes[3].plot([], [], "ks--", label="between images")
+    axes[3].legend(handles=axes[3].lines[-2:], frameon=False, fontsize=11)
+    axes[3].set(ylim=(0, 0.7), xlabel="pretraining steps", ylabel="share of the energy of H")
+    axes[3].set_title("its energy", fontsize=13)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.savefig(HERE / "compression.png", dpi=110)
 
 
 def draw_bench() -> None:
@@ -109,4 +134,5 @@ def draw_bench() -> None:
 
 if __name__ == "__main__":
     draw_results()
+    draw_compression()
     draw_bench()

@@ -623,8 +623,9 @@ def test_figures_are_drawn_from_the_committed_json(tmp_path, monkeypatch):
         shutil.copy(REPOSITORY / "docs" / name, tmp_path)
     monkeypatch.setattr(figures, "HERE", tmp_path)
     figures.draw_results()
+    figures.draw_compression()
     figures.draw_bench()
-    for name in ("results", "bench"):
+    for name in ("results", "compression", "bench"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
 
 
