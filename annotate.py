@@ -339,6 +339,10 @@ def read(args: Args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     source.check_units()
     runtime.log(f"--from {args.from_}: {source.count} images")
+    if args.conversations:
+        from annotations.conversations import enough
+
+        enough(source.count)
     return source
 
 
@@ -360,7 +364,7 @@ def dry_run(args: Args) -> list[Path]:
         temporary.write_text("".join(lines), encoding="utf-8")
     each = took / len(numbers)
     print(f"{len(records)} records of {len(numbers)} images, {len(problems)} problems; {each:.2g} s"
-          f" an image: all {source.count} take about {each * source.count / 60:.0f} minutes in one"
+          f" an image: all {source.count} take about {each * source.count / 60:.1f} minutes in one"
           " process")
     return [out]
 
@@ -416,7 +420,8 @@ def main(args: Args) -> None:
         drawn = inspect(view, *seen)
     wrote = [out] * bool(args.from_) + [out.with_suffix(".png")] * bool(drawn)
     stage = ["eval.py", "runs/sft/ckpt.pt"] if args.to in TO else ["pretrain.py"]
-    encoder = ["--vision", args.vision, "--geometry", view.geometry] * bool(args.vision)
+    encoder = ["--vision", args.vision] * bool(args.vision)
+    encoder += ["--geometry", view.geometry] * bool(args.vision or args.geometry)
     data = Path(args.conversations) / "train.jsonl" if args.conversations else out
     runtime.finished(wrote or "nothing", ["python", *stage, "--data", data, "--image-dir",
                                           args.image_dir, *encoder])

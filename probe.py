@@ -353,7 +353,7 @@ NEAR = 5                                    # nearest words of a patch, for the 
 
 
 @torch.inference_mode()
-def looks(model, records, shown, h, image_dir, atoms):
+def looks(model, records, shown, h, image_dir, atoms, maps=True):
     """What extras/picture.py and page.py show of the records shown; h (N, P, D) is of all records.
 
     -> {texts: words; images: a dict per record}, which holds of its patches
@@ -361,7 +361,7 @@ def looks(model, records, shown, h, image_dir, atoms):
         labels, right   the words that name each patch; whether the nearest is one, None without
         near, cosines   (P, NEAR): the nearest words, as indices into texts, the best first
         atoms, weights  (P, K): its decomposition
-        map             (P, len(texts)) int8: 127 times the cosine with every word
+        map             (P, len(texts)) int8: 127 times the cosine with every word; if `maps`
     """
     w = model.word_embeddings.detach().float()
     ids, texts, _ = word_rows(model.tokenizer, w)
@@ -387,7 +387,7 @@ def looks(model, records, shown, h, image_dir, atoms):
         images.append(dict(
             view=Image.fromarray(pixels.contiguous().numpy()), grid=model.grid, labels=own,
             right=right, near=near.cpu(), cosines=best.cpu(), atoms=chosen.cpu(),
-            weights=weights.cpu(), map=(127 * cosines).round().to(torch.int8).cpu()))
+            weights=weights.cpu(), map=(127 * cosines).round().char().cpu() if maps else None))
     return {"texts": [*texts, *more], "images": images}
 
 
@@ -440,7 +440,7 @@ def scores(r):
     return column | {"words per patch": f"{r['words_per_patch']:.2f} {labelled}"}
 
 
-def probe(path, file, records, shown, image_dir, args, device):
+def probe(path, file, records, shown, page, image_dir, args, device):
     """Write a checkpoint's probe.json -> (it, `looks` of the records shown). Its model is freed."""
     from hf import opened
 
@@ -455,7 +455,7 @@ def probe(path, file, records, shown, image_dir, args, device):
     result = {"checkpoint": str(path)} | analyse(model, z, h, words, args)
     with runtime.atomic(file) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    return result, shown and looks(model, records, shown, h, image_dir, args.atoms)
+    return result, shown and looks(model, records, shown, h, image_dir, args.atoms, bool(page))
 
 
 def check_units(records, source, image_dir):
@@ -498,7 +498,9 @@ def main(args):
     shown = runtime.spread(with_regions, count) if count else []
     for file in written:
         runtime.lock(file)
-    results, seen = zip(*(probe(path, file, records, shown, image_dir, args, device)
+    if page:
+        Path(page).parent.mkdir(parents=True, exist_ok=True)
+    results, seen = zip(*(probe(path, file, records, shown, page, image_dir, args, device)
                           for path, file in zip(args.checkpoints, written)))
     table = [scores(result) for result in results]
     rows = [[title, *(column.get(title) for column in table)] for title in table[0]]

@@ -11,8 +11,9 @@ writes, each image in one split (8 of 10 train, 1 val, 1 test, in the order of a
 
 A conversation has a caption or not, boxes of what occurs once, and questions: is there one, how
 many, which of two is further left. Whether there is one is asked of each category as often where it
-is as where it is not; of counts, no answer comes more often than the second most frequent. Crowds,
-which COCO does not count, are not asked about. No answer is given away by an earlier turn.
+is as where it is not; of counts, no answer comes more often than the second most frequent. What
+forms a crowd, which COCO does not count, is not counted, pointed at or compared. Nothing is asked
+of what an earlier turn has spoken of, but for its box.
 """
 import hashlib
 import itertools
@@ -56,8 +57,10 @@ def words(text: str) -> list[str]:
 def plural(name: str) -> str:
     """"wine glass" -> "wine glasses"."""
     rest, _, last = name.rpartition(" ")
-    ending = "es" if last.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{rest} {PLURALS.get(last, last + ending)}".strip()
+    several = last + ("es" if last.endswith(("s", "x", "ch", "sh")) else "s")
+    if last.endswith("y") and last[-2:-1] not in "aeiou":
+        several = last[:-1] + "ies"
+    return f"{rest} {PLURALS.get(last, several)}".strip()
 
 
 def both(name: str) -> str:
@@ -134,14 +137,16 @@ def things_of(regions: list[dict], things: set[str]) -> dict[str, list]:
 def questions(found: dict[str, list], width: int, rng) -> list[tuple[str, ...]]:
     """(kind, question, answer, the words that would give it away): how many, which is left."""
     asked = [("count", f"How many {plural(name)} are there?", str(len(boxes)), both(name))
-             for name, boxes in found.items() if None not in boxes and len(boxes) <= MOST]
+             for name, boxes in found.items()
+             if None not in boxes and len(boxes) <= MOST and plural(name) != name]
     middles = {name: (boxes[0][0] + boxes[0][2]) / 2 / width
                for name, boxes in found.items() if len(boxes) == 1 and None not in boxes}
     pairs = [(a, b) for a, b in itertools.permutations(middles, 2)
              if middles[a] + APART < middles[b]]
     for pair in rng.sample(pairs, min(2, len(pairs))):
         a, b = rng.sample(pair, 2)
-        asked.append(("left", f"Which is further left, the {a} or the {b}?", pair[0], ""))
+        ask, told = f"Which is further left, the {a} or the {b}?", f"{both(a)} {both(b)}"
+        asked.append(("left", ask, pair[0], told))
     return asked
 
 
@@ -151,13 +156,13 @@ def existence(seen: dict[str, dict], captions: dict[str, list[str]], rng) -> dic
     asked: dict[str, list] = {image: [] for image in seen}
     for image, found in seen.items():
         for name in rng.sample(sorted(found), min(2, len(found))):
-            told = set(words(both(name)))
+            told, ask = set(words(both(name))), f"Is there {article(name)} in the image?"
             without = [other for other in seen if name not in seen[other]
-                       and not told & set(words(" ".join(captions[other])))]
+                       and not told & set(words(" ".join(captions[other])))
+                       and ask not in [question for _, question, *_ in asked[other]]]
             if without:
                 other = min(rng.sample(without, min(8, len(without))), key=lambda i: len(asked[i]))
                 for where, answer in ((image, "yes"), (other, "no")):
-                    ask = f"Is there {article(name)} in the image?"
                     asked[where].append(("exist", ask, answer, both(name)))
     return asked
 
@@ -176,9 +181,17 @@ def boxes_in_view(found: dict[str, list], size, geometry: str) -> list[tuple]:
         if inside >= VISIBLE * (x1 - x0) * (y1 - y0):
             shares = [(n - low) / (high - low) for n, low, high in
                       zip(cut, (x, y) * 2, (right, bottom) * 2)]
-            answer = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
-            told.append((f"{REFER}the {name}", answer, boxes[0]))
+            x0, y0, x1, y1 = shown = [f"{share:.2f}" for share in shares]
+            if x0 != x1 and y0 != y1:                   # else it is too small to be pointed at
+                told.append((f"{REFER}the {name}", f"[{', '.join(shown)}]", boxes[0]))
     return told
+
+
+def enough(images: int) -> None:
+    """InputError: too few for three splits."""
+    if images < 10:
+        raise InputError(f"--conversations: {images} images are too few for three splits; give ten"
+                         " or more")
 
 
 def write(out: Path, folder: Path, source, image_dir: str, geometry: str) -> list[str]:
@@ -189,9 +202,7 @@ def write(out: Path, folder: Path, source, image_dir: str, geometry: str) -> lis
     images: dict[str, list] = {}
     for own in read_records(out):
         images.setdefault(own["image"], []).append(own)
-    if len(images) < 10:
-        raise InputError(f"--conversations: {len(images)} images are too few for three splits; give"
-                         " ten or more")
+    enough(len(images))
     order = sorted(images, key=lambda image: hashlib.sha256(image.encode()).digest())
     ends = len(order) * 8 // 10, len(order) * 9 // 10
     captions = {image: source.captions.get(image) or [own[0]["conversations"][1]["value"]]
@@ -217,9 +228,10 @@ def write(out: Path, folder: Path, source, image_dir: str, geometry: str) -> lis
                 files.setdefault(f"{split}_sft", []).append(record(image, "", turns))
             if split == "train":
                 continue
-            files.setdefault(f"{split}_caption", []).append(
-                record(image, "", [(DESCRIBE, captions[image][0])], task="caption",
-                       answer=captions[image]))
+            if source.captions.get(image):
+                files.setdefault(f"{split}_caption", []).append(
+                    record(image, "", [(DESCRIBE, captions[image][0])], task="caption",
+                           answer=captions[image]))
             for i, (request, answer, box) in enumerate(refer):
                 files.setdefault(f"{split}_refer", []).append(
                     record(image, f"_refer{i}", [(request, answer)], task="refer", answer=box))

@@ -60,7 +60,7 @@ def panel(view, grid, texts, right):
     image = view.copy()
     draw, taken = ImageDraw.Draw(image), []
     found = areas(list(zip(texts, right)), columns)
-    for area in found:
+    for area in sorted(found, key=lambda area: right[area[0]] is False):    # red ones last
         own, colour = set(area), FRAME[right[area[0]]]
         for i in area:
             (x0, y0, x1, y1), c = boxes[i], i % columns

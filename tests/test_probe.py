@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -584,14 +585,15 @@ def test_page_in_a_browser(tmp_path, monkeypatch, browser, width):
     tab.keyboard.press("Home")
     assert tab.evaluate("document.activeElement.dataset.i") == "4"
     assert cell(4).get_attribute("aria-label").startswith("row 2, column 1: grey, ")
-    tab.keyboard.press("Escape")
+    tab.keyboard.press("Enter")
     cell(7).hover()
     assert shown("where").startswith("Patch in row 2, column 4")
 
     # the other checkpoint, in place
     tab.get_by_label("labelled").check()
     assert "Right" in shown("verdict") and shown("near").split()[:2] == ["red", "1.000"]
-    assert shown("score").startswith("1 of 2 labelled")
+    assert shown("score").endswith("plain 0 of 2, labelled 1 of 2.")
+    assert "labelled (2 of 4 right)" in shown("checkpoints")
     assert "Right" not in shown("legend")
 
     # a word, typed or from the patch
@@ -599,7 +601,9 @@ def test_page_in_a_browser(tmp_path, monkeypatch, browser, width):
     tab.get_by_label("Where is the word").fill("red")
     assert shown("legend").startswith("Cosine with “red”")
     assert colour(7) != colour(0) == colour(1) != "rgba(0, 0, 0, 0)"
-    tab.locator("#near button").nth(1).click()
+    tab.locator("#near button").nth(1).focus()
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.tagName") == "BUTTON"  # the focus stays
     assert "Cosine with “red”" not in shown("legend")
     tab.get_by_label("Where is the word").fill("nonsense")
     tab.keyboard.press("Enter")
@@ -612,11 +616,20 @@ def test_page_in_a_browser(tmp_path, monkeypatch, browser, width):
     tab.get_by_role("button", name="Image 1").click()
     cell(0).hover()
     assert "rgb(60, 255, 90)" in cell(7).evaluate(shadow)
-    assert "rgb(255, 50, 50)" in cell(8).evaluate(shadow)
+    border = "cell => getComputedStyle(cell).borderStyle"
+    assert cell(8).evaluate(border) == "dashed"
     tab.get_by_label("Right (green)").uncheck()
-    assert cell(8).evaluate(shadow) == "none"
+    assert cell(8).evaluate(border) == "solid" and cell(7).evaluate(shadow) == "none"
     tab.get_by_role("button", name="Image 2").click()
     assert "two.png" in shown("caption") and cell(4).get_attribute("class").split()[1] == "no"
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert not said
     tab.close()
+
+
+def test_the_committed_page_is_of_this_template():
+    root = Path(probe.__file__).parent
+    before, after = (root / "extras/page.html").read_text().split("{{data}}")
+    committed = (root / "docs/page.html").read_text()
+    assert committed.startswith(before) and committed.endswith(after)
+    assert len(committed) < 1_000_000
