@@ -401,6 +401,8 @@ def main(args: Args) -> None:
         from annotations.picture import grid_of, inspect
 
         seen = grid_of(view)
+    if args.dry_run and runtime.rank():
+        return
     if args.dry_run:
         wrote = dry_run(args)
         shown = dataclasses.replace(view, out=str(wrote[0]), inspect=args.dry_run)

@@ -391,22 +391,6 @@ def looks(model, records, shown, h, image_dir, atoms, maps=True):
     return {"texts": [*texts, *more], "images": images}
 
 
-def write_picture(path, names, captions, looks, shown):
-    """The still picture of the images `shown`: a panel for each checkpoint."""
-    from extras import picture
-
-    columns = [[(one["view"].resize([picture.PANEL] * 2, resample(one["view"], picture.PANEL)),
-                 one["grid"], [look["texts"][i] for i in one["near"][:, 0].tolist()], one["right"])
-                for one in (look["images"][i] for i in shown)] for look in looks]
-    with runtime.atomic(path) as temporary:
-        picture.sheet([captions[i] for i in shown], columns, names).save(temporary, format="PNG")
-
-
-def resample(view, side):
-    """How a view becomes larger: small ones with sharp edges."""
-    return Image.Resampling.NEAREST if 2 * view.width <= side else Image.Resampling.LANCZOS
-
-
 def caption(record):
     """A record's image and phrases."""
     phrases = dict.fromkeys(region["phrase"] for region in record.get("regions") or [])
@@ -509,9 +493,11 @@ def main(args):
                 " is near 0.\nPursuit that gains after 1 atom: a patch holds several words.")
     captions = [caption(records[i]) for i in shown]
     if args.show:
+        from extras import picture
+
         written.append(written[0].parent / "probe.png")
         drawn = runtime.spread(range(len(shown)), args.show)
-        write_picture(written[-1], names, captions, seen, drawn)
+        picture.write(written[-1], names, captions, seen, drawn)
     if page:
         from extras.page import write
 

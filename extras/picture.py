@@ -7,6 +7,8 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
+import runtime
+
 PANEL, GAP, LINE = 448, 12, 20              # pixels: side of a panel, space between, line of text
 FONT, SMALL = (ImageFont.load_default(size) for size in (14, 12))
 INK, PAPER = (240, 240, 240), (24, 24, 28)
@@ -103,3 +105,20 @@ def sheet(captions, columns, names):
     legend = textwrap.wrap(LEGEND, image.width // 6)
     draw.text((GAP, image.height - 2 * LINE), "\n".join(legend), INK, SMALL)
     return image
+
+
+def write(path, names, captions, looks, shown):
+    """Write the picture of the images `shown`, with a panel for each checkpoint.
+
+    looks: of each checkpoint, as of probe.looks; small images grow with sharp edges.
+    """
+    def column(look):
+        for image in (look["images"][i] for i in shown):
+            small = 2 * image["view"].width <= PANEL
+            how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            texts = [look["texts"][i] for i in image["near"][:, 0].tolist()]
+            yield image["view"].resize((PANEL, PANEL), how), image["grid"], texts, image["right"]
+
+    columns = [list(column(look)) for look in looks]
+    with runtime.atomic(path) as temporary:
+        sheet([captions[i] for i in shown], columns, names).save(temporary, format="PNG")
