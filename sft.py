@@ -287,7 +287,8 @@ def main(args: Args) -> None:
 
     # ---- optimizer: one group per learning rate
     optimizer = torch.optim.AdamW([dict(params=projector, peak=args.projector_lr),
-                                   dict(params=rest, peak=args.lr)], weight_decay=0.0)
+                                   dict(params=rest, peak=args.lr)], weight_decay=0.0,
+                                  fused=True)                  # one pass over all weights
     if state:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
     else:
