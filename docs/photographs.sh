@@ -40,6 +40,6 @@ python reproduce.py --out runs/photographs --variants caption-only patch-aligned
                     $pretrain" \
   --probe-flags "--data $records/test.jsonl --image-dir $data/images" \
   --caption-eval-flags "--data $records/test_caption.jsonl $common --limit $limit" \
-  --sft-flags "--data $records/train_sft.jsonl --val-data $records/val_sft200.jsonl $common --geometry stretch \
-               $sft" \
+  --sft-flags "--data $records/train_sft.jsonl --val-data $records/val_sft200.jsonl $common \
+               --geometry stretch $sft" \
   --eval-flags "--data $tests $common --blind --limit $limit" "$@"
