@@ -219,7 +219,7 @@ def main(args: Args) -> None:
     validation = held_out and runtime.Validation(held_out, micro, args.workers, device)
 
     # ---- optimizer
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
     first = 0
     if args.resume:
         state = runtime.load_resume(out / "resume.pt", args, FREE)

@@ -242,19 +242,18 @@ def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, checkpointing: bool = False,
-           foreach: bool = True) -> dict[str, int]:
+def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool,
+           checkpointing: bool = False) -> dict[str, int]:
     """Bytes by part of a step: frozen, trained, copies, gradients, optimizer, saved; two peaks.
 
     pass_peak: the most alive in forward and backward pass; update_peak: in the update. accumulate:
-    gradients of earlier micro-batches are there; foreach: the optimizer takes all tensors at once,
-    PyTorch's default on a GPU, which needs one more copy of them.
+    gradients of earlier micro-batches are there. The stages' update is the fused one, in place.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     every = itertools.chain(model.parameters(), model.buffers())
     frozen = [t for t in every if not t.requires_grad]
     live = Live([*trained, *frozen])
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, foreach=foreach)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)    # fused knows no meta tensors
     with live:                                      # a first update makes the optimizer's state
         for p in trained:
             p.grad = torch.empty_like(p)
@@ -266,7 +265,6 @@ def memory(model, shape: Shape, dtype: torch.dtype, accumulate: bool, checkpoint
     pass_peak, live.peak = live.peak, live.bytes
     with live:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
     state = [t for own in optimizer.state.values() for t in own.values() if t.is_meta]
     return run | dict(frozen=bytes_of(frozen), trained=bytes_of(trained),
                       gradients=bytes_of(trained), optimizer=bytes_of(state), pass_peak=pass_peak,
@@ -310,8 +308,7 @@ def sharded(model, shape: Shape, dtype: torch.dtype, world: int,
                 copies=gathered, gradients=4 * trained // world, optimizer=8 * trained // world,
                 saved=run["saved"])
     static = sum(part[key] for key in ("frozen", "trained", "optimizer", "gradients"))
-    return part | dict(pass_peak=static + gathered + live.peak - before,
-                       update_peak=static + 4 * trained // world)
+    return part | dict(pass_peak=static + gathered + live.peak - before, update_peak=static)
 
 
 # ---- report --------------------------------------------------------------------------------------

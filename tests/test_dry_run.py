@@ -120,7 +120,7 @@ def test_memory_is_that_of_a_real_step(tune, dtype, checkpointing):
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     batch, trained = real_batch(), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, foreach=True)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
 
     def passes():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
