@@ -2,7 +2,7 @@
 # The comparison on photographs, through reproduce.py: DINOv2-S and SmolLM2-135M on Flickr8k with
 # phrase boxes.
 #
-#   bash docs/photographs.sh DATA cpu               # three seeds of 2.2 hours on two cores, 16 GB
+#   bash docs/photographs.sh DATA cpu               # three seeds of 2.5 hours on two cores, 16 GB
 #   bash docs/photographs.sh DATA cpu --seeds 1     # the first of them; the others go on from there
 #   bash docs/photographs.sh DATA gpu               # three seeds, two epochs; not run yet
 #   python docs/intervals.py runs/photographs       # intervals over seeds and images
